@@ -1,0 +1,207 @@
+"""Posteriors and their divergences: the one door to the kernels, with float32 inside whatever autocast does outside.
+
+A posterior is a value: diagonal parameters [..., B, D] with `mean`, `stddev`, `sample` and `log_prob`. Sums over D happen here, means over
+samples and rows in an objective.
+"""
+
+import math
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from meme_dist.noise import Noise
+from meme_kernels import cross_log_prob as _cross
+from meme_kernels import log_likelihood
+from meme_kernels import mixture_log_prob as _mixture
+from meme_kernels import pairwise_w2 as _w2
+from meme_kernels import product_of_experts as _product
+from meme_kernels.token_log_prob import token_log_prob
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """What inference returns: a density over z for each of B rows."""
+
+    @property
+    def mean(self) -> Float[Tensor, "B D"]: ...
+    @property
+    def stddev(self) -> Float[Tensor, "B D"]: ...
+    def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]: ...
+    def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]: ...
+
+
+class DiagNormal(NamedTuple):
+    """Independent Normals: prod_d N(z_d; mean_d, scale_d^2)."""
+
+    mean: Float[Tensor, "*rows D"]
+    scale: Float[Tensor, "*rows D"]
+
+    @property
+    def stddev(self) -> Float[Tensor, "*rows D"]:
+        """Standard deviation: the scale."""
+        return self.scale
+
+    def reparameterise(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num *rows D"]:
+        """mean + scale * eps, eps ~ N(0, 1); the gradient flows into both."""
+        return self.mean + self.scale * noise.normal(purpose, num, self.mean.shape[-1]).to(self.mean.dtype)
+
+    sample = reparameterise
+
+    def log_prob(self, z: Float[Tensor, "*samples D"]) -> Float[Tensor, "*samples"]:
+        """Log density, summed over D; broadcasts over leading axes."""
+        return _cross.normal(z, self.mean, self.scale)
+
+    def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
+        """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
+        return _cross.cross_log_prob(z, self.mean, self.scale, _cross.normal)
+
+    def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
+        """log of the even mixture of these M components [M, D] at each z."""
+        return _mixture.normal(z, self.mean, self.scale)
+
+    def kl(self, other: "DiagNormal") -> Float[Tensor, "*rows"]:
+        """KL(self || other) = sum_d log(s2/s1) + (s1^2 + (m1 - m2)^2) / (2 s2^2) - 1/2, in nats."""
+        ratio = self.scale / other.scale
+        shift = (self.mean - other.mean) / other.scale
+        return ((ratio.square() + shift.square() - 1) / 2 - ratio.log()).sum(-1)
+
+
+class DiagLaplace(NamedTuple):
+    """Independent Laplaces: prod_d exp(-|z_d - mean_d| / scale_d) / (2 scale_d)."""
+
+    mean: Float[Tensor, "*rows D"]
+    scale: Float[Tensor, "*rows D"]
+
+    @property
+    def stddev(self) -> Float[Tensor, "*rows D"]:
+        """Standard deviation: sqrt(2) scale."""
+        return math.sqrt(2) * self.scale
+
+    def reparameterise(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num *rows D"]:
+        """mean + scale * eps, eps ~ Laplace(0, 1); the gradient flows into both."""
+        return self.mean + self.scale * noise.laplace(purpose, num, self.mean.shape[-1]).to(self.mean.dtype)
+
+    sample = reparameterise
+
+    def log_prob(self, z: Float[Tensor, "*samples D"]) -> Float[Tensor, "*samples"]:
+        """Log density, summed over D; broadcasts over leading axes."""
+        return _cross.laplace(z, self.mean, self.scale)
+
+    def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
+        """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
+        return _cross.cross_log_prob(z, self.mean, self.scale, _cross.laplace)
+
+    def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
+        """log of the even mixture of these M components [M, D] at each z."""
+        return _mixture.laplace(z, self.mean, self.scale)
+
+    def kl(self, other: "DiagLaplace") -> Float[Tensor, "*rows"]:
+        """KL(self || other) = sum_d log(s2/s1) + (s1 exp(-|m1 - m2| / s1) + |m1 - m2|) / s2 - 1, in nats."""
+        shift = (self.mean - other.mean).abs()
+        expected = (self.scale * torch.exp(-shift / self.scale) + shift) / other.scale
+        return (expected - 1 - (self.scale / other.scale).log()).sum(-1)
+
+
+Diagonal = DiagNormal | DiagLaplace
+
+
+class Mixture(NamedTuple):
+    """For each row an even mixture over the experts that are there: `components` [N, B, D], `present` [N, B]."""
+
+    components: Diagonal
+    present: Bool[Tensor, "N B"]
+
+    @property
+    def mean(self) -> Float[Tensor, "B D"]:
+        """Mean of the mixture."""
+        return (self._weight()[..., None] * self.components.mean).sum(0)
+
+    @property
+    def stddev(self) -> Float[Tensor, "B D"]:
+        """Standard deviation of the mixture, coordinate by coordinate (law of total variance)."""
+        second = self.components.stddev.square() + (self.components.mean - self.mean).square()
+        return (self._weight()[..., None] * second).sum(0).sqrt()
+
+    def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]:
+        """Draw an expert, then draw from it (not reparameterised over the choice)."""
+        edges = self._weight().cumsum(0).unsqueeze(1)  # [N, 1, B]
+        pick = (noise.uniform(f"{purpose}/expert", num, 1)[..., 0].to(edges.dtype) > edges).sum(0)
+        pick = pick.clamp(max=len(self.present) - 1)[None, ..., None].expand(1, -1, -1, self.components.mean.shape[-1])
+        experts = zip(self.components.mean, self.components.scale, strict=True)
+        draws = [type(self.components)(m, s).reparameterise(noise, f"{purpose}/{n}", num) for n, (m, s) in enumerate(experts)]
+        return torch.stack(draws).gather(0, pick)[0]
+
+    def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
+        """log sum_n weight_n q_n(z)."""
+        table = self.components.cross_log_prob(z[None].expand(len(self.present), *z.shape))[0]  # [N, K, B]
+        return mixture_of(table, self.present.unsqueeze(1))
+
+    def _weight(self) -> Float[Tensor, "N B"]:
+        present = self.present.to(self.components.mean.dtype)
+        return present / present.sum(0).clamp(min=1)
+
+
+class Components(NamedTuple):
+    """One even mixture of M components [M, D], the same for every row: a pseudo-input prior."""
+
+    components: Diagonal
+
+    def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]:
+        """One independent draw for each sample and row."""
+        size, dim = self.components.mean.shape
+        pick = (noise.uniform(f"{purpose}/component", num, 1)[..., 0] * size).long().clamp(max=size - 1)
+        chosen = type(self.components)(self.components.mean[pick], self.components.scale[pick])
+        return chosen.reparameterise(noise, purpose, num)
+
+    def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
+        """log (1/M) sum_m q_m(z)."""
+        return self.components.mixture_log_prob(z.flatten(0, -2)).view(z.shape[:-1])
+
+
+def mixture_of(table: Float[Tensor, "N *rows"], present: Bool[Tensor, "N *mask"]) -> Float[Tensor, "*rows"]:
+    """log of the even mixture over the present entries of a table of log densities; 0 where none is present.
+
+    Selects on safe inputs: an absent entry reaches neither the value nor the gradient, whatever it holds.
+    """
+    count = present.sum(0)
+    filled = torch.where(present | (count == 0), table, -torch.inf)
+    mixed = torch.logsumexp(torch.where(count == 0, torch.zeros_like(filled), filled), 0) - count.clamp(min=1).log().to(table.dtype)
+    return torch.where(count == 0, torch.zeros_like(mixed), mixed)
+
+
+def product(experts: Diagonal, mask: Bool[Tensor, "S N B"], *, standard: bool = False) -> DiagNormal:
+    """Products of the stacked Normal experts [N, B, D], one for each of S masks; `standard` adds a N(0, I) expert.
+
+    Raises ValueError for Laplace experts: their product is not a Laplace and has no closed form here (use the mixture).
+    """
+    if not isinstance(experts, DiagNormal):
+        raise ValueError(f"a product of experts needs Normal posteriors, got {type(experts).__name__}; use combination='mixture'")
+    return DiagNormal(*_product.product_of_experts(experts.mean, experts.scale, mask, standard))
+
+
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least float32: what autocast made bf16 or fp16 widens before any density; float64 stays."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def pairwise_w2(a: Diagonal, b: Diagonal) -> Float[Tensor, "S T"]:
+    """Squared 2-Wasserstein distances of diagonal Normals (for Laplaces: of the Normals with their means and variances)."""
+    return _w2.pairwise_w2(a.mean, a.stddev, b.mean, b.stddev)
+
+
+__all__ = [
+    "Components",
+    "DiagLaplace",
+    "DiagNormal",
+    "Diagonal",
+    "Mixture",
+    "Posterior",
+    "log_likelihood",
+    "mixture_of",
+    "pairwise_w2",
+    "product",
+    "token_log_prob",
+    "wide",
+]

@@ -1,0 +1,1 @@
+"""Kinds of observation, one file each: functions that return a `Modality`."""

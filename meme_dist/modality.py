@@ -1,0 +1,82 @@
+"""One kind of observation: its encoder, its decoder and its likelihood."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from meme_dist.distributions import DiagNormal, Diagonal, wide
+from meme_dist.likelihoods import Likelihood
+
+SCALE_FLOOR = 1e-3  # of posterior scales; the released code clamps at the same value (MNIST) or 1e-4 (SVHN)
+
+
+class Modality(nn.Module):
+    """An encoder that is a posterior when it leads and a conditional prior when it supervises, and a decoder likewise in two roles.
+
+    `embed` maps data to features in which pseudo-inputs live (identity for images and vectors, token lookup for text), `encoder` maps
+    features [R, *feature] to [R, 2 D] (`feature` is their shape), `decoder` maps [rows, D] to the likelihood's parameters [rows, ...].
+
+    `weight` multiplies this modality's log-likelihood wherever it enters the objective. Its default is 1 (the evidence itself, as in the
+    released code); `balanced_weights` gives the rule for modalities whose event sizes differ by orders of magnitude.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        latent_dim: int,
+        feature: tuple[int, ...],
+        embed: nn.Module | None = None,
+        family: type[Diagonal] = DiagNormal,
+        weight: float = 1.0,
+    ):
+        super().__init__()
+        self.embed, self.encoder, self.decoder = embed or nn.Identity(), encoder, decoder
+        self.likelihood, self.latent_dim, self.feature = likelihood, latent_dim, feature
+        self.family, self.weight = family, weight
+
+    def encode(self, x: Shaped[Tensor, "R *event"]) -> Diagonal:
+        """q(z | x) for each row, float32."""
+        return self.encode_features(self.embed(x))
+
+    def encode_features(self, features: Float[Tensor, "R *feature"]) -> Diagonal:
+        """q(z | features): where pseudo-inputs enter. scale = softplus(raw) + 1e-3."""
+        mean, raw = wide(self.encoder(features)).chunk(2, -1)
+        if mean.shape[-1] != self.latent_dim:
+            raise ValueError(f"encoder: expected {2 * self.latent_dim} outputs (mean and raw scale), got {2 * mean.shape[-1]}")
+        return self.family(mean, F.softplus(raw) + SCALE_FLOOR)
+
+    def log_prob(self, x: Shaped[Tensor, "P *event"], z: Float[Tensor, "K P D"]) -> Float[Tensor, "K P"]:
+        """weight * log p(x | z), float32, summed over the event."""
+        params = wide(self.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+        return self.weight * self.likelihood.log_prob(x, params)
+
+    def reconstruct(self, z: Float[Tensor, "*rows D"]) -> Shaped[Tensor, "*rows_event"]:
+        """The likelihood's mean (for tokens: the most probable ones)."""
+        params = wide(self.decoder(z.reshape(-1, z.shape[-1])))
+        return self.likelihood.mean(params).unflatten(0, z.shape[:-1])
+
+
+def balanced_weights(events: dict[str, int]) -> dict[str, float]:
+    """The largest event size over each modality's own, so that every modality's log-likelihood counts alike (Shi et al. 2019).
+
+    With it the objective is no longer a bound on the evidence, but on a tempered one: report likelihoods from unweighted terms.
+    """
+    largest = max(events.values())
+    return {name: largest / size for name, size in events.items()}
+
+
+def same_family(modalities: nn.ModuleDict) -> type[Diagonal]:
+    """The posterior family that all modalities share; raises ValueError where they differ (their tables could not be compared)."""
+    families = {name: m.family.__name__ for name, m in modalities.items()}
+    if len(set(families.values())) != 1:
+        raise ValueError(f"all modalities need one posterior family, got {families}")
+    return next(iter(modalities.values())).family
+
+
+def stack(posteriors: list[Diagonal]) -> Diagonal:
+    """N posteriors [B, D] of one family -> one [N, B, D]."""
+    return type(posteriors[0])(torch.stack([q.mean for q in posteriors]), torch.stack([q.scale for q in posteriors]))

@@ -1,0 +1,45 @@
+"""Priors over z that are made of posteriors."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from meme_dist.distributions import Diagonal
+from meme_dist.modality import Modality
+
+
+class PseudoInputs(nn.Module):
+    """M learnable pseudo-inputs of one modality: they stand in for its data where it is missing (Joy et al. 2022, eq. 4).
+
+        p_lambda(z) = (1/M) sum_m q(z | u_m)
+
+    A VampPrior (Tomczak and Welling 2018) whose components come out of the modality's own encoder. They live in feature space, after the
+    modality's embedding, so that tokens have them too; `initialise` sets them from data, M need not match any batch size.
+    """
+
+    def __init__(self, count: int, feature: tuple[int, ...]):
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"pseudo_inputs: expected at least 1, got {count}")
+        self.inputs = nn.Parameter(torch.zeros(count, *feature))
+
+    @torch.no_grad()
+    def initialise(self, features: Float[Tensor, "R *feature"], generator: torch.Generator) -> None:
+        """Take M of these rows; where there are fewer, repeat them with a tenth of their spread as noise, so that none stay equal."""
+        if len(features) == 0:
+            raise ValueError("pseudo-inputs need at least one present row of each modality; got none: use a larger first batch")
+        count = len(self.inputs)
+        order = torch.randperm(len(features), generator=generator).repeat(-(-count // len(features)))[:count]
+        chosen = features.to(self.inputs)[order.to(features.device)]
+        jitter = torch.randn(chosen.shape, generator=generator).to(chosen) * (0.1 * chosen.std(0, correction=0, keepdim=True))
+        self.inputs.copy_(chosen)
+        self.inputs[len(features) :] += jitter[len(features) :]
+
+    def posterior(self, modality: Modality) -> Diagonal:
+        """The M components q(z | u_m), [M, D]."""
+        return modality.encode_features(self.inputs)
+
+
+def join(posteriors: list[Diagonal]) -> Diagonal:
+    """The components of several mixtures with equal M as one mixture [N M, D]."""
+    return type(posteriors[0])(torch.cat([q.mean for q in posteriors]), torch.cat([q.scale for q in posteriors]))

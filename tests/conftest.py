@@ -1,0 +1,43 @@
+"""Shared set-up: shapes and types are checked at run time in tests (and in tests only), seeds are fixed, figures need no display."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+try:  # an interpreter without beartype (a borrowed GPU machine) runs the same tests unchecked
+    import beartype  # noqa: F401
+    from jaxtyping import install_import_hook
+
+    # The mathematics alone: there the shape annotations live, and there they are worth the time of a check.
+    MATHS = ["distributions", "likelihoods", "modality", "modalities", "noise", "objectives", "priors", "types"]
+    install_import_hook([f"meme_dist.{name}" for name in MATHS], "beartype.beartype")
+except ImportError:
+    pass
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    """Every test starts from the same random state, in any order and on any worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

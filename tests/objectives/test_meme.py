@@ -1,0 +1,383 @@
+"""Laws of MEME: its bound, its gradients, and what may not matter."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from meme_dist.distributions import DiagLaplace, DiagNormal
+from meme_dist.likelihoods import Normal
+from meme_dist.modality import Modality
+from meme_dist.noise import Noise
+from meme_dist.objectives.meme import MEME
+from meme_dist.types import pack, pack_dense
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+from torch import distributions as reference
+from torch import nn
+
+EVENT, D = 3, 2
+ESTIMATORS = ["released", "rao_blackwell", "resampled"]
+COMBINATIONS = ["mixture", "product", "product_with_standard"]
+
+
+class LinearEncoder(nn.Module):
+    """mean = G x + h, and a raw scale that does not depend on x."""
+
+    def __init__(self, gain, offset, scale):
+        super().__init__()
+        self.gain, self.offset = nn.Parameter(gain), nn.Parameter(offset)
+        self.raw = nn.Parameter(torch.log(torch.expm1(scale - 1e-3)))
+
+    def forward(self, x):
+        mean = x @ self.gain.T + self.offset
+        return torch.cat([mean, self.raw.expand_as(mean)], -1)
+
+
+def linear(weight, bias, noise, gain, offset, scale):
+    """x = W z + b + noise * eps with the encoder N(G x + h, scale^2)."""
+    decoder = nn.Linear(weight.shape[1], weight.shape[0]).double()
+    decoder.weight.data, decoder.bias.data = weight.clone(), bias.clone()
+    encoder = LinearEncoder(gain, offset, scale)
+    return Modality(encoder=encoder, decoder=decoder, likelihood=Normal(noise), latent_dim=len(scale), feature=(len(bias),))
+
+
+def random_linear():
+    shape = dict(dtype=torch.float64)
+    return linear(
+        torch.randn(EVENT, D, **shape), torch.randn(EVENT, **shape), 0.6 + torch.rand(1).item(),
+        0.3 * torch.randn(D, EVENT, **shape), 0.3 * torch.randn(D, **shape), 0.4 + torch.rand(D, **shape),
+    )  # fmt: skip
+
+
+def exact_linear(slope, noise, spread=1.0):
+    """A modality whose encoder is its exact likelihood in z (flat prior): q(z | x) ~ p(x | z)^(1 / spread^2)."""
+    weight = torch.diag(torch.as_tensor(slope, dtype=torch.float64))
+    inverse = weight.inverse()
+    return linear(weight, torch.zeros(D).double(), noise, inverse, torch.zeros(D).double(), noise * spread * inverse.diagonal().abs())
+
+
+def replicate(x, observed, copies, **keywords):
+    """`copies` rows with the same data and pattern, each with noise of its own."""
+    kept = {name: value.expand(copies if held else 0, -1) for (name, value), held in zip(x.items(), observed, strict=True)}
+    return pack(kept, np.tile(observed, (copies, 1)), **keywords)
+
+
+def normal_log_prob(q, x, modality):
+    """log of the integral of p(x | z) q(z) for a Normal q [D]: an independent closed form by scipy."""
+    weight, noise = modality.decoder.weight.detach().numpy(), modality.likelihood.fixed
+    covariance = weight @ np.diag(q.scale.numpy() ** 2) @ weight.T + noise**2 * np.eye(len(weight))
+    return multivariate_normal.logpdf(x.numpy(), weight @ q.mean.numpy() + modality.decoder.bias.detach().numpy(), covariance)
+
+
+@torch.no_grad()
+def evidence(objective, x, observed, i):
+    """log p(x_i | x_T) under the conditional prior that the objective states, mixture member by member."""
+    names = list(x)
+    targets = [j for j, held in enumerate(observed) if held and j != i]
+    q = {j: objective.modalities[names[j]].encode(x[names[j]][None]) for j in targets}
+    lead = objective.modalities[names[i]]
+    if not targets:
+        parts = [objective.pseudo[n].posterior(objective.modalities[n]) for n in names if n != names[i]]
+        experts = [DiagNormal(m, s) for p in parts for m, s in zip(p.mean, p.scale, strict=True)]
+    elif objective.combination == "mixture":
+        experts = [DiagNormal(q[j].mean[0], q[j].scale[0]) for j in targets]
+    else:
+        standard = objective.combination == "product_with_standard"
+        precision = sum(q[j].scale[0] ** -2 for j in targets) + standard
+        experts = [DiagNormal(sum(q[j].mean[0] * q[j].scale[0] ** -2 for j in targets) / precision, precision**-0.5)]
+    return logsumexp([normal_log_prob(e, x[names[i]], lead) for e in experts]) - math.log(len(experts))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_bound_never_exceeds_the_exact_evidence_for_any_number_of_samples(estimator, combination):
+    names, copies = ["a", "b", "c"], 4000
+    for seed in range(4):
+        torch.manual_seed(seed)
+        objective = MEME({n: random_linear() for n in names}, pseudo_inputs=2, estimator=estimator, combination=combination, samples=2 + seed).double()
+        for p in objective.pseudo.values():
+            p.inputs.data = torch.randn_like(p.inputs)
+        x = {n: torch.randn(EVENT, dtype=torch.float64) for n in names}
+        for observed in ([1, 1, 1], [1, 1, 0], [0, 1, 0]):
+            rows = [objective(replicate(x, observed, copies // 8, seed=s)).terms for s in range(8)]
+            for i in np.flatnonzero(observed):
+                means = torch.stack([r[f"bound/{names[i]}"].total / r[f"bound/{names[i]}"].count for r in rows])
+                slack = 4 * means.std() / math.sqrt(len(means)) + 1e-9
+                assert means.mean() <= evidence(objective, x, observed, i) + slack
+
+
+def mean_bound(objective, x, observed, name):
+    """Mean of a direction's bound over rows with noise of their own, and its standard error.
+
+    `released` weighs one sample by w in [0, K], so its value needs many rows; the others put their trust in many samples.
+    """
+    released = objective.estimator == "released"
+    objective.samples, rows, repeats = (100, 2000, 20) if released else (4000, 4, 8)
+    terms = [objective(replicate(x, observed, rows, seed=s)).terms[f"bound/{name}"] for s in range(repeats)]
+    means = torch.stack([t.total / t.count for t in terms])
+    return means.mean().item(), (means.std() / math.sqrt(repeats)).item()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("combination", ["mixture", "product"])
+def test_bound_is_tight_when_the_posterior_is_exact(estimator, combination):
+    """q_j(z|x_j) ~ p(x_j|z) makes A + log p(z|x_T) - Q - t constant in z, so only log q(x_T|x_i) is left to estimate."""
+    modalities = {"a": exact_linear([1.0, -0.8], 0.7), "b": exact_linear([0.6, 1.2], 0.9)}
+    if combination == "product":
+        modalities["c"] = exact_linear([-1.1, 0.9], 0.8)
+    x = {n: 0.5 * torch.randn(D, dtype=torch.float64) for n in modalities}
+    objective = MEME(modalities, pseudo_inputs=1, estimator=estimator, combination=combination).double()
+    for i, name in enumerate(x):
+        mean, error = mean_bound(objective, x, [1] * len(x), name)
+        assert mean == pytest.approx(evidence(objective, x, [1] * len(x), i), abs=0.02 + 4 * error)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_mixture_of_three_is_tight_when_its_experts_agree(estimator):
+    """Two targets with equal posteriors q and likelihoods p ~ q^(1/2): their mixture is q and their joint likelihood is q."""
+    twin = dict(slope=[0.9, 1.1], noise=0.8, spread=1 / math.sqrt(2))
+    modalities = {"a": exact_linear([1.0, -0.8], 0.7), "b": exact_linear(**twin), "c": exact_linear(**twin)}
+    x = {"a": 0.5 * torch.randn(D).double(), "b": 0.3 * torch.ones(D).double(), "c": 0.3 * torch.ones(D).double()}
+    objective = MEME(modalities, pseudo_inputs=1, estimator=estimator).double()
+    mean, error = mean_bound(objective, x, [1, 1, 1], "a")
+    assert mean == pytest.approx(evidence(objective, x, [1, 1, 1], 0), abs=0.02 + 4 * error)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_bound_of_a_lone_modality_is_tight_when_the_posterior_is_exact(estimator):
+    """One pseudo-input: p_lambda is one Normal N(m, s^2), and the exact posterior of x = w z + noise is Normal and linear in x."""
+    other = random_linear()
+    objective = MEME({"a": exact_linear([1.0, 1.0], 1.0), "b": other}, pseudo_inputs=1, estimator=estimator, samples=3).double()
+    prior = objective.pseudo["b"].posterior(other)
+    precision = prior.scale[0].detach() ** -2 + 1.0  # unit slope and noise
+    exact = linear(
+        torch.eye(D).double(), torch.zeros(D).double(), 1.0,
+        torch.diag(1 / precision), prior.mean[0].detach() * prior.scale[0].detach() ** -2 / precision, precision**-0.5,
+    )  # fmt: skip
+    objective.modalities["a"] = exact
+    x = {"a": torch.randn(D).double(), "b": torch.zeros(EVENT).double()}
+    terms = objective(replicate(x, [1, 0], 20_000)).terms["bound/a"]
+    # own and log-ratio at one sample cancel to the last bit; `resampled` averages the log-ratio over all samples instead
+    tolerance = 0.03 if estimator == "resampled" else 1e-9
+    assert terms.total.item() / 20_000 == pytest.approx(evidence(objective, x, [1, 0], 0), abs=tolerance)
+
+
+def random_network(event=EVENT, family=DiagNormal):
+    encoder = nn.Sequential(nn.Linear(event, 8), nn.Tanh(), nn.Linear(8, 2 * D))
+    decoder = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, event))
+    return Modality(encoder=encoder, decoder=decoder, likelihood=Normal(0.5), latent_dim=D, feature=(event,), family=family)
+
+
+def network_objective(num=2, family=DiagNormal, **keywords):
+    objective = MEME({f"m{i}": random_network(family=family) for i in range(num)}, pseudo_inputs=3, **keywords).double()
+    for p in objective.pseudo.values():
+        p.inputs.data = torch.randn_like(p.inputs)
+    return objective
+
+
+def gradient(objective, batch):
+    objective.zero_grad()
+    objective(batch).total.backward()
+    return torch.cat([p.grad.flatten() for p in objective.parameters()])
+
+
+def bimodal_transcription(objective, x, noise, *, cross_weight, stop_gradient, log_ratio):
+    """Equations 1, 2, 8 and appendix D for two modalities, row by row and sample by sample with torch.distributions."""
+    s, t = objective.modalities.values()
+    total = 0.0
+    for row in range(len(noise.draw)):
+        value = 0.0
+        for (lead, lead_name), (other, other_name) in [((s, "m0"), (t, "m1")), ((t, "m1"), (s, "m0"))]:
+            q = lead.encode(x[lead_name][row : row + 1])
+            p = other.encode(x[other_name][row : row + 1])
+            q, p = reference.Normal(q.mean[0], q.scale[0]), reference.Normal(p.mean[0], p.scale[0])
+            z = q.loc + q.scale * noise.normal(lead_name, objective.samples, D)[:, row].double()
+            log_x = [reference.Normal(lead.decoder(zk), 0.5).log_prob(x[lead_name][row]).sum() for zk in z]
+            log_t = torch.stack([reference.Normal(other.decoder(zk), 0.5).log_prob(x[other_name][row]).sum() for zk in z])
+            marginal = torch.log(torch.exp(log_t - log_t.max()).mean()) + log_t.max()
+            for k, zk in enumerate(z):
+                w = torch.exp(log_t[k] - marginal)
+                w = w.detach() if stop_gradient else w
+                ratio = p.log_prob(zk).sum() - q.log_prob(zk).sum()
+                fit = log_x[k] - log_t[k] + (ratio if log_ratio == "sampled" else 0.0)
+                value = value + w * fit / len(z)
+            if log_ratio == "closed_form":
+                value = value - reference.kl_divergence(q, p).sum()
+            value = value + cross_weight * marginal
+        total = total - value / 2
+    return total
+
+
+@pytest.mark.parametrize("log_ratio", ["closed_form", "sampled"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("combination", ["mixture", "product"])
+def test_two_modalities_equal_an_independent_transcription_of_the_bimodal_formula(combination, stop_gradient, log_ratio):
+    keywords = dict(cross_weight=10.0, stop_gradient=stop_gradient, log_ratio=log_ratio)
+    objective = network_objective(samples=4, estimator="rao_blackwell", combination=combination, **keywords)
+    x = {n: torch.randn(5, EVENT).double() for n in ("m0", "m1")}
+    batch = pack_dense(x, {n: torch.ones(5, dtype=torch.bool) for n in x}, seed=3, single=False)
+    got = gradient(objective, batch)
+    objective.zero_grad()
+    value = bimodal_transcription(objective, x, Noise(3, batch.draw), **keywords)
+    value.backward()
+    want = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in objective.parameters()])
+    torch.testing.assert_close(objective(batch).total, value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def paired_batch(copies, num=2, seed=0):
+    torch.manual_seed(11)
+    x = {f"m{i}": torch.randn(EVENT).double() for i in range(num)}
+    return replicate(x, [1] * num, copies, seed=seed, single=False)
+
+
+def gradient_of(objective, batch, parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(objective(batch).total, parameters)])
+
+
+def test_cross_terms_have_no_gradient_at_weight_one():
+    """-(1/K) sum_k w_k grad t_k + sum_k softmax_k grad t_k = 0: decoder 1 then learns from its own samples alone."""
+    objective, batch = network_objective(samples=5, estimator="rao_blackwell", cross_weight=1.0), paired_batch(3)
+    decoder = list(objective.modalities["m1"].decoder.parameters())
+    got = torch.cat([g.flatten() for g in torch.autograd.grad(objective(batch).total, decoder)])
+    noise, x = Noise(batch.seed, batch.draw), {n: p.data[:3] for n, p in batch.modalities.items()}
+    q, lead = objective.modalities["m1"].encode(x["m1"]), objective.modalities["m0"]
+    z = q.reparameterise(noise, "m1", 5).detach()
+    weight = lead.log_prob(x["m0"], z).softmax(0).detach()
+    own = -(weight * objective.modalities["m1"].log_prob(x["m1"], z)).sum() / 2
+    want = torch.cat([g.flatten() for g in torch.autograd.grad(own, decoder)])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_cross_terms_weigh_nine_times_the_marginal_at_ten(estimator):
+    """In expectation: gradient at c = 10 minus gradient at c = 1 is 9 times grad E log q(x_T | x_i)."""
+    copies = 40_000
+    objective = network_objective(samples=3, estimator=estimator, cross_weight=10.0)
+    batch = paired_batch(copies)
+    decoder = list(objective.modalities["m1"].decoder.parameters())
+    at_ten = gradient_of(objective, batch, decoder) / copies
+    objective.cross_weight = 1.0
+    at_one = gradient_of(objective, batch, decoder) / copies
+    x = {n: p.data[:copies] for n, p in batch.modalities.items()}
+    z = objective.modalities["m0"].encode(x["m0"]).reparameterise(Noise(77, batch.draw), "m0", 3)
+    marginal = (objective.modalities["m1"].log_prob(x["m1"], z).logsumexp(0) - math.log(3)).mean()
+    want = torch.cat([g.flatten() for g in torch.autograd.grad(-marginal / 2, decoder)])
+    assert torch.linalg.norm(at_ten - at_one - 9 * want) < 0.03 * torch.linalg.norm(9 * want)
+
+
+@pytest.mark.parametrize("log_ratio", ["closed_form", "sampled"])
+@pytest.mark.parametrize("num, combination", [(2, "mixture"), (3, "mixture"), (3, "product")])
+def test_the_three_estimators_have_one_expected_gradient(num, combination, log_ratio):
+    batch = paired_batch(60_000, num)
+    grads = {}
+    for estimator in ESTIMATORS:
+        torch.manual_seed(5)
+        objective = network_objective(num, samples=4, estimator=estimator, combination=combination, log_ratio=log_ratio)
+        grads[estimator] = gradient(objective, batch)
+    for estimator in ("released", "resampled"):
+        assert torch.cosine_similarity(grads[estimator], grads["rao_blackwell"], dim=0) > 0.999
+        assert torch.linalg.norm(grads[estimator]) == pytest.approx(torch.linalg.norm(grads["rao_blackwell"]).item(), rel=0.03)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("family, combination", [(DiagNormal, "mixture"), (DiagNormal, "product"), (DiagLaplace, "mixture")])
+def test_content_of_absent_entries_reaches_neither_loss_nor_gradient(estimator, family, combination):
+    objective = network_objective(3, family, samples=3, estimator=estimator, combination=combination)
+    observed = {f"m{i}": torch.rand(40) < 0.6 for i in range(3)}
+    observed["m0"] |= ~(observed["m1"] | observed["m2"])
+    x = {n: torch.randn(40, EVENT).double() for n in observed}
+    clean = gradient(objective, pack_dense(x, observed))
+    for n in x:
+        x[n][~observed[n]] = float("nan")
+    dirty = gradient(objective, pack_dense(x, observed))
+    assert torch.isfinite(dirty).all() and torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_relabelling_the_modalities_changes_nothing(estimator, combination):
+    objective = network_objective(3, samples=3, estimator=estimator, combination=combination)
+    observed = {f"m{i}": torch.rand(30) < 0.7 for i in range(3)}
+    observed["m1"] |= ~(observed["m0"] | observed["m2"])
+    x = {n: torch.randn(30, EVENT).double() for n in observed}
+    before = objective(pack_dense(x, observed)).total
+    order = ["m2", "m0", "m1"]
+    after = objective(pack_dense({n: x[n] for n in order}, {n: observed[n] for n in order})).total
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_loss_of_a_batch_is_the_sum_of_its_rows_alone(estimator):
+    objective = network_objective(3, samples=3, estimator=estimator)
+    x = {f"m{i}": torch.randn(6, EVENT).double() for i in range(3)}
+    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0], [1, 1, 0], [1, 0, 0]]).bool()
+    observed = {n: masks[:, i] for i, n in enumerate(x)}
+    whole = objective(pack_dense(x, observed)).total
+    rows = [
+        objective(pack_dense({n: v[b : b + 1] for n, v in x.items()}, {n: m[b : b + 1] for n, m in observed.items()}, draw=[b])).total
+        for b in range(6)
+    ]
+    torch.testing.assert_close(whole, sum(rows), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_parameter_has_a_gradient_for_every_pattern(estimator, single):
+    objective = network_objective(3, samples=2, estimator=estimator)
+    for pattern in range(1, 8):
+        mask = [bool(pattern >> i & 1) for i in range(3)]
+        if sum(mask) == 1 and not single:
+            continue
+        observed = {f"m{i}": torch.full((4,), held) for i, held in enumerate(mask)}
+        objective.zero_grad()
+        objective(pack_dense({n: torch.randn(4, EVENT).double() for n in observed}, observed, single=single)).total.backward()
+        assert [n for n, p in objective.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+def test_a_row_that_observes_nothing_adds_nothing():
+    objective = network_objective(2, samples=2)
+    x = {n: torch.randn(4, EVENT).double() for n in ("m0", "m1")}
+    held = torch.tensor([True, True, False, False])
+    with_empty = objective(pack_dense(x, {n: held for n in x}))
+    without = objective(pack_dense({n: v[:2] for n, v in x.items()}, {n: held[:2] for n in x}))
+    torch.testing.assert_close(with_empty.total, without.total)
+    assert with_empty.terms["bound"].count == 2
+
+
+def test_effective_sample_size_lies_between_one_and_all_samples():
+    objective = network_objective(3, samples=6)
+    ess = objective(paired_batch(50, 3)).terms["ess/m0"]
+    assert 1 <= ess.total / ess.count <= 6
+
+
+def test_work_follows_what_is_present():
+    """Half of the entries missing: encoder and decoder rows are those of the observed entries and pairs, plus padding under 10 %."""
+    for num in (2, 3, 5):
+        objective = network_objective(num, samples=3, estimator="resampled")
+        rng = np.random.default_rng(num)
+        masks = rng.random((128, num)) < 0.5
+        masks[~masks.any(1), 0] = True
+        counted = {"encoder": 0, "decoder": 0}
+        for m in objective.modalities.values():
+            m.encoder.register_forward_hook(lambda _, args, out: counted.__setitem__("encoder", counted["encoder"] + len(out)))
+            m.decoder.register_forward_hook(lambda _, args, out: counted.__setitem__("decoder", counted["decoder"] + len(out)))
+        data = {f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(num)}
+        objective(pack(data, masks, single=False))
+        held = masks.sum()
+        both = sum((masks[:, i] & masks[:, j]).sum() for i in range(num) for j in range(num) if i != j)
+        assert held <= counted["encoder"] <= 1.1 * held
+        assert 3 * both + both + held <= counted["decoder"] <= 1.1 * (3 * both + both + held)
+
+
+def test_resampling_refuses_a_gradient_that_it_does_not_have():
+    with pytest.raises(ValueError, match="stop_gradient=False needs estimator"):
+        network_objective(estimator="resampled", stop_gradient=False)
+
+
+def test_modalities_of_different_families_or_sizes_are_refused():
+    with pytest.raises(ValueError, match="one posterior family"):
+        MEME({"a": random_network(), "b": random_network(family=DiagLaplace)}, pseudo_inputs=1)
+    with pytest.raises(ValueError, match="at least two modalities"):
+        MEME({"a": random_network()}, pseudo_inputs=1)
