@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import linalg, stats
+from torch import distributions as reference
+
 from meme_dist.distributions import Components, DiagLaplace, DiagNormal, Mixture, mixture_of, pairwise_w2, product
 from meme_dist.likelihoods import Bernoulli, Categorical, Laplace, NegativeBinomial, Normal, Poisson
 from meme_dist.noise import Noise
-from scipy import linalg, stats
-from torch import distributions as reference
 
 FAMILIES = {DiagNormal: reference.Normal, DiagLaplace: reference.Laplace}
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from meme_dist.noise import Noise, _philox
 from scipy import stats
+
+from meme_dist.noise import Noise, _philox
 
 
 def test_philox_equals_the_published_test_vectors():

@@ -1,6 +1,6 @@
 """Text: token embedding, one-dimensional convolutions, a decoder that scores every position at once."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from meme_dist.distributions import DiagNormal, Diagonal
@@ -62,9 +62,3 @@ class _TextDecoder(nn.Module):
     def forward(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, "rows T V"]:
         states = self.spread(z).unflatten(-1, (-1, self.length))
         return self.score((states + self.mix(states)).transpose(1, 2))
-
-
-def tokens_equal(a: Int[Tensor, "B T"], b: Int[Tensor, "B T"], *, end: int = 2) -> Tensor:
-    """Whether two rows of tokens agree up to and including their first end token."""
-    before_end = (a == end).cumsum(-1) - (a == end).long() == 0
-    return ((a == b) | ~before_end).all(-1)

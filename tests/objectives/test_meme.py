@@ -1,20 +1,22 @@
 """Laws of MEME: its bound, its gradients, and what may not matter."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+from torch import distributions as reference
+from torch import nn
+
 from meme_dist.distributions import DiagLaplace, DiagNormal
 from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
 from meme_dist.objectives.meme import MEME
 from meme_dist.types import pack, pack_dense
-from scipy.special import logsumexp
-from scipy.stats import multivariate_normal
-from torch import distributions as reference
-from torch import nn
 
 EVENT, D = 3, 2
 ESTIMATORS = ["released", "rao_blackwell", "resampled"]
@@ -95,7 +97,8 @@ def test_bound_never_exceeds_the_exact_evidence_for_any_number_of_samples(estima
     names, copies = ["a", "b", "c"], 4000
     for seed in range(4):
         torch.manual_seed(seed)
-        objective = MEME({n: random_linear() for n in names}, pseudo_inputs=2, estimator=estimator, combination=combination, samples=2 + seed).double()
+        keywords = dict(pseudo_inputs=2, estimator=estimator, combination=combination, samples=2 + seed)
+        objective = MEME({n: random_linear() for n in names}, **keywords).double()
         for p in objective.pseudo.values():
             p.inputs.data = torch.randn_like(p.inputs)
         x = {n: torch.randn(EVENT, dtype=torch.float64) for n in names}
@@ -359,10 +362,10 @@ def test_work_follows_what_is_present():
         rng = np.random.default_rng(num)
         masks = rng.random((128, num)) < 0.5
         masks[~masks.any(1), 0] = True
-        counted = {"encoder": 0, "decoder": 0}
+        counted = Counter()
         for m in objective.modalities.values():
-            m.encoder.register_forward_hook(lambda _, args, out: counted.__setitem__("encoder", counted["encoder"] + len(out)))
-            m.decoder.register_forward_hook(lambda _, args, out: counted.__setitem__("decoder", counted["decoder"] + len(out)))
+            m.encoder.register_forward_hook(lambda _, args, out, c=counted: c.update(encoder=len(out)))
+            m.decoder.register_forward_hook(lambda _, args, out, c=counted: c.update(decoder=len(out)))
         data = {f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(num)}
         objective(pack(data, masks, single=False))
         held = masks.sum()

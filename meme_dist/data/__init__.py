@@ -1,0 +1,1 @@
+"""Rows to tar shards, and tar shards to batches."""

@@ -1,0 +1,231 @@
+"""Rows in, tar shards out: a missing modality is a missing member, and an index beside the shards says what each row must hold."""
+
+import errno
+import itertools
+import json
+import mmap
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from webdataset.writer import TarWriter
+
+from meme_dist.data.check import Problem, Report, check_shards
+from meme_dist.data.fields import Field, check_modality_names
+from meme_dist.data.index import MANIFEST, TAR_BLOCK, IndexWriter, Manifest, Shard, Split, file_sha256, padded, record_type
+
+__all__ = ["Dataset", "Manifest", "Problem", "Report", "Row", "check_shards", "write_shards"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, in one file
+
+
+class Row(NamedTuple):
+    """One datum: uint8 images [C, H, W], float32 vectors, counts, sentences. A modality that is missing has no entry."""
+
+    data: Mapping[str, Tensor | str]
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source of rows, two or more modalities each described by a `Field`.
+
+    `rows(split)` yields the rows of "train" or "test" in their final, already shuffled order, the same every time. `source` holds the
+    keywords that made the set (JSON values): folders of shards with another source are never taken for this one.
+    """
+
+    name: str
+    fields: Mapping[str, Field]
+    rows: Callable[[str], Iterator[Row]]
+    classes: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_modality_names(list(self.fields))
+
+
+def write_shards(
+    dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 1024, splits: Sequence[str] = ("train", "test")
+) -> Manifest:
+    """Write a data set as tar shards with manifest and index; only one row and one shard's index are in memory at a time.
+
+    All is written into a hidden folder beside `folder` and renamed at the end: `folder` is complete or not there, also when the disk is
+    full or the process dies. A folder that already holds the same set is returned as it is, so that several processes may call this.
+    Raises ValueError for a folder that holds anything else, and for rows that do not fit the fields, naming split, row and modality;
+    OSError where the disk is full.
+    """
+    folder = Path(folder)
+    wanted = _description(dataset, rows_per_shard, splits)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file; choose another name")
+    if folder.exists() and any(folder.iterdir()):
+        return _existing(folder, wanted)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.writing-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        _write(dataset, temporary, wanted["source"], rows_per_shard, splits)
+        return _publish(temporary, folder, wanted)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}: {folder} was not written, nothing is left of it; make room or choose another disk"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows_per_shard: int, splits: Sequence[str]) -> None:
+    written = {split: _write_split(dataset, split, folder, rows_per_shard) for split in splits}
+    Manifest(folder, dataset.name, dict(dataset.fields), tuple(dataset.classes), source, rows_per_shard, written).save()
+    _sync(folder / MANIFEST)
+
+
+def _publish(temporary: Path, folder: Path, wanted: Mapping[str, Any]) -> Manifest:
+    """Give the finished folder its name, all at once."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return _existing(folder, wanted)  # another process was faster
+    _sync(folder.parent)
+    return Manifest.load(folder)
+
+
+def _description(dataset: Dataset, rows_per_shard: int, splits: Sequence[str]) -> dict[str, Any]:
+    """What decides whether a folder holds this data set, as JSON gives it back."""
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard: expected a number above 0, got {rows_per_shard}")
+    description = {
+        "name": dataset.name,
+        "fields": {name: field.to_json() for name, field in dataset.fields.items()},
+        "order of fields": list(dataset.fields),
+        "classes": list(dataset.classes),
+        "source": dict(dataset.source),
+        "rows_per_shard": rows_per_shard,
+        "splits": sorted(splits),
+    }
+    try:
+        return json.loads(json.dumps(description, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{dataset.name}: source: expected JSON values (numbers, strings, lists), got {dataset.source!r}: {error}"
+        ) from error
+
+
+def _existing(folder: Path, wanted: Mapping[str, Any]) -> Manifest:
+    if not (folder / MANIFEST).is_file():
+        some = ", ".join(sorted(path.name for path in folder.iterdir())[:3])
+        raise ValueError(f"{folder}: expected an empty or new folder, found {some}; nothing was touched, choose another folder")
+    manifest = Manifest.load(folder)
+    there = {**manifest.to_json(), "order of fields": list(manifest.fields), "splits": sorted(manifest.splits)}
+    there = json.loads(json.dumps({name: there[name] for name in wanted}))
+    if differences := list(_differences("", there, wanted)):
+        raise ValueError(
+            f"{folder}: it holds another data set ({'; '.join(differences[:5])}); nothing was touched, choose another folder or remove it"
+        )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            size = manifest.path(shard).stat().st_size if manifest.path(shard).is_file() else None
+            if size != shard.bytes:
+                raise ValueError(f"{manifest.path(shard)}: expected {shard.bytes} bytes, got {size}; remove the folder and write it again")
+    return manifest
+
+
+def _differences(place: str, there: Any, wanted: Any) -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for name in [*there, *(name for name in wanted if name not in there)]:
+            yield from _differences(f"{place}.{name}".lstrip("."), there.get(name), wanted.get(name))
+    elif there != wanted:
+        yield f"{place}: {there!r} there, {wanted!r} wanted"
+
+
+def _write_split(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -> Split:
+    rows = enumerate(dataset.rows(split))
+    index_file = f"{split}.index.npy"
+    shards, single, present = [], False, np.zeros(len(dataset.fields), dtype=np.int64)
+    with IndexWriter(folder / index_file, len(dataset.fields)) as index:
+        while (first := next(rows, None)) is not None:
+            path = folder / f"{split}-{len(shards):06d}.tar"
+            records = _write_shard(dataset, split, path, itertools.chain([first], itertools.islice(rows, rows_per_shard - 1)))
+            shards.append(Shard(path.name, len(records), path.stat().st_size, file_sha256(path)))
+            observed = records["size"] >= 0
+            single, present = single or bool((observed.sum(1) == 1).any()), present + observed.sum(0)
+            index.append(records)
+    if not shards:
+        raise ValueError(f"{dataset.name}: split {split!r} has no rows; leave it out of `splits`")
+    _sync(folder / index_file)
+    counts = dict(zip(dataset.fields, present.tolist(), strict=True))
+    return Split(sum(shard.rows for shard in shards), single, counts, index_file, file_sha256(folder / index_file), tuple(shards))
+
+
+def _write_shard(dataset: Dataset, split: str, path: Path, rows: Iterator[tuple[int, Row]]) -> np.ndarray:
+    """One tar, and the records of its rows. Equal rows make equal bytes: no clock, no user."""
+    records = []
+    with path.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0) as tar:  # encoder=False: bytes or an error, webdataset never pickles
+            for number, row in rows:
+                members = _encode_row(dataset, f"{dataset.name}: split {split!r}, row {number}", row)
+                start = tar.tarstream.offset
+                key = f"{number:08d}"
+                tar.write({"__key__": key, **{f"{name}.{dataset.fields[name].codec}": data for name, data in members.items()}})
+                records.append(_record(dataset, key, row.label, members, start))
+        file.flush()
+        os.fsync(file.fileno())
+    return _checksums(path, np.array(records, dtype=record_type(len(dataset.fields))))
+
+
+def _encode_row(dataset: Dataset, place: str, row: Row) -> dict[str, bytes]:
+    if unknown := set(row.data) - set(dataset.fields):
+        raise ValueError(f"{place}: unknown modalities {sorted(unknown)}; the fields are {list(dataset.fields)}")
+    if not row.data:
+        raise ValueError(f"{place}: expected one modality or more, got nothing; leave the row out")
+    if row.label is not None and not 0 <= row.label < len(dataset.classes):
+        raise ValueError(f"{place}: expected a label from 0 to {len(dataset.classes) - 1} (one of `classes`) or None, got {row.label}")
+    members = {}
+    for name, x in row.data.items():
+        try:
+            members[name] = dataset.fields[name].encode(x)
+        except ValueError as error:
+            raise ValueError(f"{place}, modality {name}: {error}") from error
+    return members
+
+
+def _record(dataset: Dataset, key: str, label: int | None, members: Mapping[str, bytes], start: int) -> tuple:
+    """Where webdataset puts the members of a row that begins at `start`: in the order of their file names, a header before each."""
+    offset, size = dict.fromkeys(dataset.fields, -1), dict.fromkeys(dataset.fields, -1)
+    for name in sorted(members, key=lambda name: f"{name}.{dataset.fields[name].codec}"):
+        offset[name], size[name] = start + TAR_BLOCK, len(members[name])
+        start += TAR_BLOCK + padded(size[name])
+    return key, -1 if label is None else label, list(offset.values()), list(size.values()), [0] * len(size)
+
+
+def _checksums(path: Path, records: np.ndarray) -> np.ndarray:
+    """Fill in the checksums from the finished file: what counts is what is on the disk."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        for row, column in zip(*np.nonzero(records["size"] >= 0), strict=True):
+            begin, size = int(records["offset"][row, column]), int(records["size"][row, column])
+            header = tar[begin - TAR_BLOCK : begin]
+            assert header.startswith(bytes(records["key"][row]) + b".") and int(header[124:135], 8) == size, (
+                "the tar is not laid out as computed"
+            )
+            records["crc"][row, column] = zlib.crc32(tar[begin - TAR_BLOCK : begin + padded(size)])
+    return records
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's list of files, before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
