@@ -150,7 +150,7 @@ class Components(NamedTuple):
 
     def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]:
         """One independent draw for each sample and row."""
-        size, dim = self.components.mean.shape
+        size = len(self.components.mean)
         pick = (noise.uniform(f"{purpose}/component", num, 1)[..., 0] * size).long().clamp(max=size - 1)
         chosen = type(self.components)(self.components.mean[pick], self.components.scale[pick])
         return chosen.reparameterise(noise, purpose, num)
@@ -158,6 +158,15 @@ class Components(NamedTuple):
     def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
         """log (1/M) sum_m q_m(z)."""
         return self.components.mixture_log_prob(z.flatten(0, -2)).view(z.shape[:-1])
+
+
+def divergence(q: Diagonal, p: Diagonal) -> Float[Tensor, "*rows"]:
+    """KL(q || p) of two posteriors of one family, in nats. Raises ValueError for two families: they have no closed form here."""
+    if isinstance(q, DiagNormal) and isinstance(p, DiagNormal):
+        return q.kl(p)
+    if isinstance(q, DiagLaplace) and isinstance(p, DiagLaplace):
+        return q.kl(p)
+    raise ValueError(f"a closed-form KL needs one family, got {type(q).__name__} and {type(p).__name__}; use log_ratio='sampled'")
 
 
 def mixture_of(table: Float[Tensor, "N *rows"], present: Bool[Tensor, "N *mask"]) -> Float[Tensor, "*rows"]:
@@ -198,6 +207,7 @@ __all__ = [
     "Diagonal",
     "Mixture",
     "Posterior",
+    "divergence",
     "log_likelihood",
     "mixture_of",
     "pairwise_w2",

@@ -1,5 +1,7 @@
 """One kind of observation: its encoder, its decoder and its likelihood."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
@@ -69,7 +71,7 @@ def balanced_weights(events: dict[str, int]) -> dict[str, float]:
     return {name: largest / size for name, size in events.items()}
 
 
-def same_family(modalities: nn.ModuleDict) -> type[Diagonal]:
+def same_family(modalities: Mapping[str, Modality]) -> type[Diagonal]:
     """The posterior family that all modalities share; raises ValueError where they differ (their tables could not be compared)."""
     families = {name: m.family.__name__ for name, m in modalities.items()}
     if len(set(families.values())) != 1:

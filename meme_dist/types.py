@@ -99,8 +99,8 @@ def pack(
     modalities = {name: _packed(name, data, observed, column, granule) for column, (name, data) in enumerate(present.items())}
     rows, source = np.nonzero(observed & (observed.sum(1, keepdims=True) == 1))
     alone = torch.from_numpy(_padded(source * len(observed) + rows, granule, observed.size))
-    draw = torch.as_tensor(np.arange(len(observed)) if draw is None else np.asarray(draw, dtype=np.int64))
-    return Batch(modalities, torch.from_numpy(observed), alone, draw, seed, single, label)
+    numbers = torch.as_tensor(np.arange(len(observed)) if draw is None else np.asarray(draw, dtype=np.int64))
+    return Batch(modalities, torch.from_numpy(observed), alone, numbers, seed, single, label)
 
 
 def pack_dense(data: Mapping[str, Shaped[Tensor, "B *event"]], observed: Mapping[str, Bool[Tensor, " B"]], **keywords) -> Batch:

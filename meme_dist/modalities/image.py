@@ -78,7 +78,7 @@ def _up(colours: int, channels: Sequence[int], sizes: Sequence[tuple[int, ...]])
     targets = [colours, *channels[:-1]]
     for level in reversed(range(len(channels))):
         small, large = sizes[level + 1], sizes[level]
-        extra = tuple(b - (2 * a - 1) for a, b in zip(small, large, strict=True))
+        extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
         stages.append(nn.ConvTranspose2d(channels[level], targets[level], 3, stride=2, padding=1, output_padding=extra))
         stages += [nn.GroupNorm(GROUPS, targets[level]), nn.SiLU()] if level else []
     return stages

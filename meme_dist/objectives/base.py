@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,7 +31,7 @@ class Objective(nn.Module, ABC):
             raise ValueError(f"all modalities need one latent size, got {sizes}")
         self.modalities = nn.ModuleDict(modalities)
         self.latent_dim = next(iter(sizes.values()))
-        self.family = same_family(self.modalities)
+        self.family = same_family(modalities)
 
     @abstractmethod
     def forward(self, batch: Batch) -> Loss:
@@ -48,12 +49,16 @@ class Objective(nn.Module, ABC):
     def initialise(self, batch: Batch) -> None:
         """Set data-dependent parameters from one batch, once, before training."""
 
+    def modality(self, name: str) -> Modality:
+        """The modality of that name."""
+        return cast(Modality, self.modalities[name])
+
     def posteriors(self, batch: Batch) -> Diagonal:
         """q_j(z | x_j) for the batch's modalities, stacked [N, B, D]; a standard density where x_j is absent."""
         return stack([self._posterior(name, packed, len(batch.observed)) for name, packed in batch.modalities.items()])
 
     def _posterior(self, name: str, packed: Packed, rows: int) -> Diagonal:
-        q = self.modalities[name].encode(packed.data)
+        q = self.modality(name).encode(packed.data)
         return type(q)(unpack(q.mean, packed.row, rows, 0.0), unpack(q.scale, packed.row, rows, 1.0))
 
 
@@ -64,7 +69,7 @@ def unpack(values: Float[Tensor, "R D"], row: Tensor, rows: int, filler: float) 
 
 
 def reconstruction_table(
-    modalities: nn.ModuleDict, batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True
+    modalities: Mapping[str, Modality], batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True
 ) -> Float[Tensor, "N N K B"]:
     """A[i, j, k, b] = log p_j(x_j | z[i, k, b]) where row b holds both i and j, 0 elsewhere.
 

@@ -17,13 +17,13 @@ proportional to p(x_i|z) p(z|x_T) p(x_T|z). That value is reported as `bound` wh
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, mixture_of, product
+from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, divergence, mixture_of, product
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective, masked_sums, pairs, reconstruction_table
@@ -73,8 +73,8 @@ class MEME(Objective):
     def initialise(self, batch: Batch) -> None:
         """Take the pseudo-inputs from this batch's present rows, the same ones for the same batch and seed."""
         for name, packed in batch.modalities.items():
-            features = self.modalities[name].embed(packed.data[packed.row < len(batch.observed)])
-            self.pseudo[name].initialise(features, torch.Generator().manual_seed(batch.seed))
+            features = self.modality(name).embed(packed.data[packed.row < len(batch.observed)])
+            self._pseudo(name).initialise(features, torch.Generator().manual_seed(batch.seed))
 
     def infer(self, batch: Batch) -> Posterior:
         """q(z | what each row observes): the only posterior, or the combination of several. A row with nothing gets a standard density."""
@@ -89,11 +89,7 @@ class MEME(Objective):
 
     def prior(self) -> Components:
         """The even mixture of every modality's pseudo-input posteriors."""
-        return Components(join([self.pseudo[name].posterior(self.modalities[name]) for name in self.modalities]))
-
-    def conditional_log_prob(self, batch: Batch, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
-        """log p(z | x_T), T = what each row of this batch observes; 0 where it observes nothing."""
-        return self.infer(batch).log_prob(z)
+        return Components(join([self._pseudo(name).posterior(self.modality(name)) for name in self.modalities]))
 
     def forward(self, batch: Batch) -> Loss:
         """-(sum over rows and observed i of L_i / |observed|), with each modality's terms as means over the rows that hold it."""
@@ -132,7 +128,7 @@ class MEME(Objective):
         sources, samples, rows, dim = z.shape
         flat = torch.cat([z.transpose(0, 1).reshape(samples, sources * rows, dim), z.new_zeros(samples, 1, dim)], 1)
         points = flat[:, batch.alone]
-        components = [Components(self.pseudo[name].posterior(self.modalities[name])) for name in batch.modalities]
+        components = [Components(self._pseudo(name).posterior(self.modality(name))) for name in batch.modalities]
         table = torch.stack([c.log_prob(points) for c in components])  # [N, K, A]
         others = torch.arange(sources, device=z.device)[:, None] != (batch.alone // rows)[None]
         prior = mixture_of(table, others.unsqueeze(1))
@@ -144,15 +140,22 @@ class MEME(Objective):
         if self.log_ratio == "sampled":
             return None
         if self.combination == "mixture":
-            kl = torch.stack([q.kl(_member(q, slice(j, j + 1))) for j in range(len(both))], 1)  # [i, j, b]
+            kl = torch.stack([divergence(q, _member(q, slice(j, j + 1))) for j in range(len(both))], 1)  # [i, j, b]
             return _Closed(-torch.where(both, kl, torch.zeros_like(kl)).sum(1), both.sum(1) == 1)
-        return _Closed(-q.kl(self._product(q, both)), both.any(1))
+        return _Closed(-divergence(q, self._product(q, both)), both.any(1))
+
+    def _pseudo(self, name: str) -> PseudoInputs:
+        return cast(PseudoInputs, self.pseudo[name])
+
+    @property
+    def _by_name(self) -> dict[str, Modality]:
+        return {name: self.modality(name) for name in self.modalities}
 
     def _product(self, q: Diagonal, mask: Bool[Tensor, "S N B"]) -> Diagonal:
         return product(q, mask, standard=self.combination == "product_with_standard")
 
     def _rao_blackwell(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
-        table = reconstruction_table(self.modalities, batch, z)
+        table = reconstruction_table(self._by_name, batch, z)
         own, cross = _split(table, both)
         weight = cross.softmax(1)
         weight = weight.detach() if self.stop_gradient else weight
@@ -160,8 +163,8 @@ class MEME(Objective):
         return _Direction(fit, log_ratio, torch.ones_like(fit), _log_mean_exp(cross), (weight * own).sum(1), _ess(cross))
 
     def _released(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
-        cross = _split(reconstruction_table(self.modalities, batch, z, own=False), both)[1]
-        own = _split(reconstruction_table(self.modalities, batch, z[:, :1], cross=False), both)[0][:, 0]
+        cross = _split(reconstruction_table(self._by_name, batch, z, own=False), both)[1]
+        own = _split(reconstruction_table(self._by_name, batch, z[:, :1], cross=False), both)[0][:, 0]
         weight = self.samples * cross.softmax(1)[:, 0]
         weight = weight.detach() if self.stop_gradient else weight
         fit = weight * (own - cross[:, 0])
@@ -169,10 +172,10 @@ class MEME(Objective):
 
     def _resampled(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
         with torch.no_grad():
-            cross = _split(reconstruction_table(self.modalities, batch, z, own=False), both)[1]
+            cross = _split(reconstruction_table(self._by_name, batch, z, own=False), both)[1]
         chosen = self._resample(batch, cross)  # [N, 1, B]
         z = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1]))
-        own, fresh = (x[:, 0] for x in _split(reconstruction_table(self.modalities, batch, z), both))
+        own, fresh = (x[:, 0] for x in _split(reconstruction_table(self._by_name, batch, z), both))
         picked = ratio.gather(1, chosen)[:, 0]
         log_ratio = torch.where(both.any(1), picked, ratio.mean(1))
         marginal = fresh + (_log_mean_exp(cross) - cross.gather(1, chosen)[:, 0])  # value log q(x_T|x_i), gradient that of t[k]
@@ -187,7 +190,7 @@ class MEME(Objective):
 
     def _touch(self, batch: Batch) -> Tensor:
         """Zero, with a (zero) gradient for pseudo-inputs and their scales when no row can need them: every parameter takes part."""
-        idle = [] if batch.single else [p.inputs for p in self.pseudo.values()]
+        idle = [] if batch.single else [self._pseudo(name).inputs for name in self.pseudo]
         return sum((0.0 * p.sum() for p in idle), start=torch.zeros((), device=batch.observed.device))
 
     def _terms(self, batch: Batch, direction: "_Direction", log_ratio: Tensor, bound: Tensor, both: Tensor) -> Mapping[str, Sums]:

@@ -1,0 +1,54 @@
+# Everything sets itself up: `make demo` on a fresh machine with Python 3.11 or 3.12 is all it takes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+PY     ?= python3
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL = help
+.PHONY: help install demo test check format gpu clean
+
+help:
+	@echo "make demo     train on handwritten digits with 30 % of the entries missing, evaluate, draw (minutes on 2 cores)"
+	@echo "make test     the whole test suite"
+	@echo "make check    format, lint, types, import contracts"
+	@echo "make format   rewrite the sources in the project's format"
+	@echo "make gpu      GPU tests, benchmarks and a short training with PY=$(PY) as it is (nothing is installed)"
+	@echo "make install  only the set-up into $(VENV)"
+	@echo "make clean    remove caches and build outputs (never $(VENV), never runs/)"
+
+install: $(STAMP)
+
+# torch first and alone: the constraints pin it, and every other package is resolved around it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed, this is " \
+	    + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/meme-dist train digits --missing 0.3
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu:
+	@PYTHONPATH=.:kernels $(PY) launch/gpu.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""What every figure comes with: machine, versions, commit; and how a time is taken."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meme_dist.record import commit, processor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Device, threads, versions and commit."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit()[:12] or "unknown",
+    }
+
+
+def keep(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Append the rows, each with the machine, to results/NAME.jsonl."""
+    path, here = RESULTS / f"{name}.jsonl", machine()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**row, **here, "date": time.strftime("%Y-%m-%d")}) + "\n" for row in rows)
+    return path
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median, p20 and p80 of wall time and median CPU time of each call, in ms; taken in turn, so that drift hits all alike."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            _wait()
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            _wait()
+            times[name].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
+    return {name: _summary(np.array(pairs)) for name, pairs in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _summary(pairs: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.percentile(pairs[:, 0], [20, 50, 80])
+    return {"ms": round(middle, 2), "ms_p20": round(low, 2), "ms_p80": round(high, 2), "cpu_ms": round(float(np.median(pairs[:, 1])), 2)}

@@ -1,0 +1,116 @@
+"""The full evaluation of a model: every measurement, results.json, figures, report.md, and the table on the screen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meme_dist import figures
+from meme_dist.classifiers import Classifier, trained_classifiers
+from meme_dist.data.index import Manifest
+from meme_dist.data.stream import Evaluation
+from meme_dist.evaluate import alone, measure
+from meme_dist.metrics.generation import joint_generations
+from meme_dist.objectives.base import Objective
+from meme_dist.progress import stage
+from meme_dist.recipes.base import Recipe
+from meme_dist.record import write_json
+from meme_dist.report import FIGURES, RESULTS, illustrate, tables, write_report
+from meme_dist.stored import Stored
+
+EVALUATION_ROWS = 256  # of a batch, on each rank
+SHOWN = 12  # draws in a picture
+GRID = Path(FIGURES) / "cross_generation.png"
+
+
+class Place(NamedTuple):
+    """This process among all that evaluate together."""
+
+    rank: int = 0
+    world: int = 1
+    reduce: Callable[[Tensor], Tensor] = alone
+
+
+def evaluation(manifest: Manifest, split: str, place: Place, *, seed: int) -> Evaluation:
+    """Every row of a split once, this rank's share of them."""
+    return Evaluation(manifest.folder, split, batch_size=EVALUATION_ROWS, rank=place.rank, world=place.world, seed=seed)
+
+
+def classifiers_of(recipe: Recipe, manifest: Manifest, cache: Path, *, console: Console, visible: bool = True) -> dict[str, Classifier]:
+    """The judges of coherence: trained once for a data set, then found in `cache`; none for rows without labels."""
+    if len(manifest.classes) < 2:
+        return {}
+    with stage("looking for classifiers, or training them", console=console, visible=visible):
+        return trained_classifiers(
+            manifest.fields,
+            len(manifest.classes),
+            evaluation(manifest, "train", Place(), seed=0),
+            fingerprint=manifest.fingerprint,
+            cache=cache,
+            build=recipe.judge,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+
+def assess(
+    objective: Objective,
+    recipe: Recipe,
+    manifest: Manifest,
+    folder: Path,
+    classifiers: Mapping[str, Classifier],
+    *,
+    step: int,
+    place: Place,
+    console: Console,
+) -> None:
+    """Measure what the recipe asks for. Collective; rank 0 writes results.json, the figures and report.md, and prints the table."""
+    seed = recipe.measures.seed
+    with stage("measuring", console=console, visible=place.rank == 0):
+        measured = measure(
+            objective,
+            train=evaluation(manifest, "train", place, seed=seed),
+            test=evaluation(manifest, "test", place, seed=seed),
+            fields=manifest.fields,
+            classes=manifest.classes,
+            classifiers=classifiers,
+            measures=recipe.measures,
+            reduce=place.reduce,
+            rank=place.rank,
+            world=place.world,
+        )
+    if place.rank != 0:
+        return
+    results = {"step": step, **measured.results}
+    write_json(folder / RESULTS, results)
+    with stage("drawing figures", console=console, visible=True):
+        rows = next(iter(evaluation(manifest, "test", Place(), seed=seed)))
+        illustrate(folder, objective, rows, fields=manifest.fields, classes=manifest.classes, measured=measured, seed=seed)
+        report = write_report(folder)
+    console.print(tables(results), markup=False, soft_wrap=True)
+    console.print(f"\ngrid    {folder / GRID}\nreport  {report}", soft_wrap=True)
+
+
+def assess_stored(stored: Stored, cache: Path, *, seed: int | None, judges: Manifest | None = None, console: Console) -> None:
+    """The full evaluation of a run that was trained earlier, in this one process; classifiers from the rows of `judges`, or its own."""
+    measures = stored.recipe.measures if seed is None else replace(stored.recipe.measures, seed=seed)
+    recipe = replace(stored.recipe, measures=measures)
+    classifiers = classifiers_of(recipe, judges or stored.manifest, cache, console=console)
+    assess(stored.objective, recipe, stored.manifest, stored.folder, classifiers, step=stored.step, place=Place(), console=console)
+
+
+def save_draws(stored: Stored, folder: Path, *, num: int, seed: int) -> list[Path]:
+    """New rows from the prior: all of them as safetensors, the first as a picture. Raises ValueError for a folder that exists."""
+    if num < 1:
+        raise ValueError(f"num: expected at least 1, got {num}")
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already, and nothing is overwritten; choose another folder (--out) or seed (--seed)")
+    draws = joint_generations(stored.objective, num, seed=seed)
+    folder.mkdir(parents=True)
+    save_file({name: x.contiguous() for name, x in draws.items()}, folder / "draws.safetensors")
+    figures.joint_grid(folder / "draws.png", stored.manifest.fields, {name: x[:SHOWN] for name, x in draws.items()})
+    return [folder / "draws.png", folder / "draws.safetensors"]

@@ -1,0 +1,51 @@
+"""What a model makes: one modality from others, all of them from nothing, and the missing ones of each row."""
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from meme_dist.metrics.rows import device_of, evaluating, holds, joined, noise_of, on_device
+from meme_dist.noise import Noise
+from meme_dist.objectives.base import Objective
+from meme_dist.types import Batch
+
+Grid = dict[tuple[str, str], Shaped[Tensor, "K R *event"]]
+
+
+def complete_rows(batch: Batch, rows: int) -> Bool[Tensor, " B"]:
+    """The first `rows` rows that hold every modality: the inputs of a grid."""
+    complete = holds(batch, list(batch.modalities))
+    return complete & (complete.cumsum(0) <= rows)
+
+
+def cross_generations(objective: Objective, batch: Batch, *, samples: int = 1, purpose: str = "cross generation") -> Grid:
+    """[source, target] -> `samples` likelihood means of the target for each row, z ~ q(z | x_source); the diagonal: reconstructions.
+
+    Rows without the source get what a standard posterior gives: look at the rows of `holds` only.
+    """
+    batch = on_device(batch, device_of(objective))
+    grid: Grid = {}
+    with evaluating(objective):
+        for source in batch.modalities:
+            z = objective.infer(batch.only(source)).sample(noise_of(batch), f"{purpose}/{source}", samples)
+            grid |= {(source, target): objective.modality(target).reconstruct(z).cpu() for target in batch.modalities}
+    return grid
+
+
+def joint_generations(objective: Objective, num: int, *, seed: int = 0) -> dict[str, Shaped[Tensor, "R *event"]]:
+    """All modalities of `num` draws from the prior."""
+    with evaluating(objective):
+        draw = torch.arange(num, device=device_of(objective))
+        z = objective.prior().sample(Noise(seed, draw), "joint generation", 1)[0]
+        return {name: objective.modality(name).reconstruct(z).cpu() for name in objective.modalities}
+
+
+def imputations(objective: Objective, batch: Batch, *, samples: int = 1) -> dict[str, Shaped[Tensor, "K B *event"]]:
+    """`samples` likelihood means of every modality for each row, z ~ q(z | what the row observes).
+
+    Whether an entry was missing, `batch.observed` says. Samples differ where the row leaves the modality open.
+    """
+    batch = on_device(batch, device_of(objective))
+    with evaluating(objective):
+        z = objective.infer(batch).sample(noise_of(batch), f"imputation/{joined(batch.modalities)}", samples)
+        return {name: objective.modality(name).reconstruct(z).cpu() for name in batch.modalities}

@@ -1,0 +1,96 @@
+"""K-sample bounds of log-likelihoods, marginal and conditional (Burda et al. 2016, eq. 8).
+
+    log p(x_T | x_G) >= E[ log 1/K sum_k  prod_{i in T} p(x_i | z_k) p(z_k | x_G) / q(z_k | x_T) ],     z_k ~ q(z | x_T)
+
+T: the targets, G: what is given. With nothing given, p(z | x_G) is the model's prior; else it is the inferred posterior of G, which is
+the conditional prior of the generative model p(x_T | x_G) = E_{p(z | x_G)} p(x_T | z). A lower bound in expectation for every K, rising
+with K. Units: nats a row, of the likelihood's own density: images in [0, 1] are scored as continuous values, so that bits per dimension
+of 8-bit images, which would need dequantisation, are not to be had from it.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from meme_dist.metrics.rows import Metric, add_up, holds, joined, noise_of
+from meme_dist.objectives.base import Objective
+from meme_dist.types import Batch, Sums
+
+
+class Query(NamedTuple):
+    """Of which modalities the likelihood is asked, and what is given: `Query(("photo",), ("mnist",))` is log p(photo | mnist)."""
+
+    targets: tuple[str, ...]
+    given: tuple[str, ...] = ()
+
+
+def queries(names: Sequence[str]) -> list[Query]:
+    """Each modality alone, all together, each given each other one and, from three on, each given all the others."""
+    alone = [Query((name,)) for name in names]
+    pairs = [Query((target,), (given,)) for given, target in permutations(names, 2)]
+    rest = [Query((name,), tuple(other for other in names if other != name)) for name in names] if len(names) > 2 else []
+    return [*alone, Query(tuple(names)), *pairs, *rest]
+
+
+def likelihood_key(query: Query, samples: int) -> str:
+    """The name of a bound: `log_likelihood/photo|mnist@100`."""
+    given = f"|{joined(query.given)}" if query.given else ""
+    return f"log_likelihood/{joined(query.targets)}{given}@{samples}"
+
+
+def log_likelihood(asked: Sequence[Query], *, samples: Sequence[int] = (1, 100), rows: int | None = None, chunk: int = 10) -> Metric:
+    """The bounds for every query and K, each with its squares beside it (`KEY/square`), for the interval.
+
+    A row counts where it holds all of the query's modalities and its index is below `rows`. Every bound uses all max(samples) draws: for a
+    smaller K it is averaged over as many groups, so that it never falls as K grows, row by row and not only on average. At most `chunk`
+    draws a row are decoded at a time. Raises ValueError where a K does not divide the largest.
+    """
+    largest = max(samples)
+    if min(samples) < 1 or any(largest % num for num in samples):
+        raise ValueError(f"log likelihood: each number of samples must divide the largest, got {tuple(samples)}; try (1, 10, 100)")
+
+    def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
+        sums: dict[str, Sums] = {}
+        for query in asked:
+            counted = holds(batch, (*query.targets, *query.given)) & (batch.draw < (rows if rows is not None else math.inf))
+            log_weight = _log_weights(objective, batch, query, counted, largest, chunk)
+            for num in samples:
+                bound = _bound(log_weight, num)
+                sums[likelihood_key(query, num)] = add_up(bound)
+                sums[f"{likelihood_key(query, num)}/square"] = add_up(bound.square())
+        return sums
+
+    return metric
+
+
+def _log_weights(
+    objective: Objective, batch: Batch, query: Query, counted: Bool[Tensor, " B"], num: int, chunk: int
+) -> Float[Tensor, "K R"]:
+    if not bool(counted.any()):  # no decoder sees an empty batch
+        return torch.zeros(num, 0, device=batch.draw.device)
+    proposal = objective.infer(batch.only(*query.targets))
+    prior = objective.infer(batch.only(*query.given)) if query.given else objective.prior()
+    data = {name: batch.dense(name)[counted] for name in query.targets}
+    parts = []
+    for z in proposal.sample(noise_of(batch), f"likelihood/{joined(query.targets)}|{joined(query.given)}", num).split(chunk):
+        ratio = (prior.log_prob(z) - proposal.log_prob(z))[:, counted]
+        here = z[:, counted]
+        parts.append(ratio + sum(_log_prob(objective, name, x, here) for name, x in data.items()))
+    return torch.cat(parts)
+
+
+def _log_prob(objective: Objective, name: str, x: Shaped[Tensor, "R *event"], z: Float[Tensor, "K R D"]) -> Float[Tensor, "K R"]:
+    """log p(x | z) itself: a modality's weight tempers training, and no likelihood."""
+    modality = objective.modality(name)
+    return modality.log_prob(x, z) / modality.weight
+
+
+def _bound(log_weight: Float[Tensor, "K R"], num: int) -> Float[Tensor, " R"]:
+    """The mean over groups of logmeanexp over `num` draws, in double precision."""
+    groups = log_weight.double().unflatten(0, (-1, num))
+    return (groups.logsumexp(1) - math.log(num)).mean(0)

@@ -1,0 +1,158 @@
+"""A run's folder and its `run.json`: what was run, with which keywords, on what; enough to run it again, or to go on with it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import meme_dist
+from meme_dist.train.training import FREE
+
+FILE = "run.json"
+FORMAT = 1
+PACKAGES = ("torch", "accelerate", "webdataset", "numpy", "safetensors", "triton", "deepspeed")
+# What a resumed run may change beside what `train` allows: where files lie (the shards' own hash says whether they are the same).
+PLACES = frozenset({"source", "shards"})
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of `run.json`. `keywords` are the recipe's, flat and as JSON values; the rest is provenance."""
+
+    recipe: str
+    keywords: Mapping[str, Any]
+    shards: str  # the folder that the run reads
+    command: tuple[str, ...] = ()
+    commit: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    started: str = ""
+    format: int = FORMAT
+
+
+def describe(recipe: str, keywords: Mapping[str, Any], shards: Path, *, world: int) -> Record:
+    """A record of this run on this machine."""
+    machine = {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count(), "processes": world, "devices": _devices()}
+    return Record(
+        recipe=recipe,
+        keywords=dict(keywords),
+        shards=str(shards.resolve()),
+        command=tuple(sys.argv),
+        commit=commit(),
+        versions={"python": platform.python_version(), "meme-dist": meme_dist.__version__} | _versions(),
+        machine=machine,
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def create(folder: Path, record: Record) -> None:
+    """Make a new run folder. Raises ValueError, and touches nothing, where the folder exists already."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(taken(folder)) from None
+    write_json(folder / FILE, dataclasses.asdict(record))
+
+
+def taken(folder: Path) -> str:
+    """What to tell someone who would start a run where something is already."""
+    return (
+        f"{folder}: exists already, and no run is ever overwritten. Continue it with --resume {folder}, or choose another name: --run NAME"
+    )
+
+
+def load(folder: Path) -> Record:
+    """The record of an existing run, from its folder or from the path of its run.json. Raises ValueError where there is none."""
+    file = folder if folder.name == FILE else folder / FILE
+    if not file.is_file():
+        raise ValueError(f"{folder}: no run there (no {FILE}){_others(folder)}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data.get("format") != FORMAT:
+            raise ValueError(
+                f"{file}: format {data.get('format')!r}, this version reads {FORMAT}; use the version of meme-dist that wrote it"
+            )
+        return Record(**data | {"command": tuple(data["command"])})
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: not a record of a run ({error}); restore the file, or train anew with --run NAME") from error
+
+
+def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming every difference, where a resumed run would train something else than it began with."""
+    if recipe != old.recipe:
+        raise ValueError(
+            f"{folder}: is a run of recipe {old.recipe!r}, not of {recipe!r}; say --resume without a recipe, or use another --run"
+        )
+    free = PLACES | set(FREE) | ({"steps"} if keywords.get("schedule") == "constant" else set())
+    names = sorted(name for name in {*old.keywords, *keywords} - free if old.keywords.get(name) != keywords.get(name))
+    if names:
+        changes = "; ".join(f"--{_flag(name)}: {old.keywords.get(name)!r} in the run, {keywords.get(name)!r} now" for name in names)
+        raise ValueError(
+            f"{folder}: cannot be resumed with other keywords ({changes}). Leave them out to go on as it began, "
+            f"or start a new run from its settings: --like {folder} --run NAME"
+        )
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Written beside its place and moved there: a reader sees the old file or the new one, never half."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _others(folder: Path) -> str:
+    parent = folder.parent
+    names: Iterable[Path] = parent.glob(f"*/{FILE}") if parent.is_dir() else ()
+    found = sorted(path.parent.name for path in names)[:8]
+    return f"; runs in {parent}: {', '.join(found)}" if found else "; train one first: meme-dist train digits --run NAME"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the sources, with a mark where they were changed since; empty outside a git checkout."""
+    root = Path(meme_dist.__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else ""
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,274 @@
+"""The program: recipe -> shards -> stream -> trainer -> evaluation -> figures and report.
+
+Every rank runs the same lines; rank 0 writes. What a run leaves behind, in its folder:
+
+    run.json        recipe, keywords, commit, versions, machine: enough to run it again
+    metrics.jsonl   one line a logged step, evaluations among them (and the same for TensorBoard)
+    checkpoints/    last (for --resume) and best (lowest held-out loss), safetensors
+    results.json    every measurement of the last evaluation, with 95 % intervals
+    figures/        grids, latent maps, loss terms, relatedness
+    report.md       all of it to read
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from meme_dist import record
+from meme_dist.assess import EVALUATION_ROWS, Place, assess, classifiers_of, evaluation
+from meme_dist.classifiers import Classifier
+from meme_dist.data.index import MANIFEST, Manifest
+from meme_dist.data.shards import write_shards
+from meme_dist.data.stream import Evaluation, Stream
+from meme_dist.evaluate import evaluate, values
+from meme_dist.metrics.coherence import cross_coherence, source_sets
+from meme_dist.metrics.rows import Metric
+from meme_dist.objectives.base import Objective
+from meme_dist.progress import shown, stage
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.base import Recipe
+from meme_dist.recipes.keywords import flatten
+from meme_dist.train.trainer import Trainer
+from meme_dist.types import Batch, Sums
+
+RUNS = Path("runs")
+DATA = Path("data")
+PROGRESS_ROWS = 2048  # test rows of an evaluation during the training
+INITIAL_ROWS = 1024  # training rows from which data-dependent parameters are set
+PATIENCE = 3600.0  # seconds that other processes wait for rank 0 to write the shards
+
+
+class Ranks(NamedTuple):
+    """This process among those that a launcher started together; one process without a launcher."""
+
+    rank: int
+    local: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run is written."""
+
+    run: str | None = None
+    """Name of the run, or a path; by default the recipe and the time. A bare name stands for runs/NAME."""
+    resume: str | None = None
+    """Continue this run (name or path) from its last checkpoint; without RECIPE, exactly as it began."""
+    like: str | None = None
+    """Start a new run with the recipe and the keywords of this one (name or path)."""
+    data: Path = DATA
+    """Folder in which shards and classifiers are written, once for each data set."""
+    evaluate: bool = True
+    """Measure coherence on the way and everything at the end; without it, `meme-dist evaluate RUN` can do it later."""
+
+
+@dataclass(frozen=True)
+class WriteTo:
+    """Where shards are written."""
+
+    out: Path
+    """New folder for the shards."""
+    rows_per_shard: int = 1024
+    """Rows of each tar file."""
+
+
+class Prepared(NamedTuple):
+    """All that is there before the first step."""
+
+    recipe: Recipe
+    keywords: Mapping[str, Any]
+    manifest: Manifest
+    folder: Path
+
+
+def ranks() -> Ranks:
+    """From the environment, as torchrun and `accelerate launch` set it."""
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    return Ranks(rank, local, world)
+
+
+def run_folder(name: str) -> Path:
+    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is."""
+    path = Path(name)
+    if path.name == record.FILE:
+        return path.parent
+    here = len(path.parts) > 1 or (path / record.FILE).is_file()
+    return path if here else RUNS / path
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Console) -> Path:
+    """Train a recipe with these keywords and evaluate it; returns the run's folder.
+
+    Raises ValueError for an existing run folder without `resume`, and for a resumed run whose recipe or keywords changed.
+    """
+    started = ranks()
+    prepared = prepare(name, arguments, where, started, console=console)
+    objective = initial_objective(prepared)
+    trainer = build_trainer(objective, prepared, started)
+    if trainer.is_main:
+        console.print(f"{prepared.folder}: {name}, {described(prepared.manifest)}", soft_wrap=True)
+    if where.resume is not None and not trainer.resume() and trainer.is_main:
+        console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
+    watch = Watch(objective, prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
+    training = prepared.recipe.training
+    for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
+        last = report.step == training.steps
+        if last or report.step % training.evaluate_every == 0:
+            watch.evaluate()
+        if last or report.step % training.save_every == 0:
+            trainer.save()
+    if where.evaluate:
+        watch.measure()
+    trainer.close()
+    return prepared.folder
+
+
+def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
+    """Write what has to be there before training: shards, and the run's folder with its run.json. Rank 0 writes, the others wait."""
+    keywords, folder = flatten(arguments), _folder(name, where)
+    if where.resume is not None:
+        record.check_unchanged(folder, record.load(folder), name, keywords)
+    elif started.rank == 0 and folder.exists():  # before an hour of writing shards
+        raise ValueError(record.taken(folder))
+    recipe = RECIPES[name](**arguments)
+    manifest = shards_of(recipe, where.data, started, console=console)
+    if where.resume is None and started.rank == 0:
+        record.create(folder, record.describe(name, keywords, manifest.folder, world=started.world))
+    return Prepared(recipe, keywords, manifest, folder)
+
+
+def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -> Manifest:
+    """The recipe's shards: those that it names, or its data set written into a folder of its own (once; a hash names the keywords)."""
+    if recipe.shards is not None:
+        return Manifest.load(recipe.shards)
+    assert recipe.dataset is not None
+    key = {"source": recipe.dataset.source, "fields": {name: field.to_json() for name, field in recipe.dataset.fields.items()}}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = data / f"{recipe.dataset.name}-{digest}"
+    if started.local != 0:  # one process of each machine writes
+        _wait_for(folder / MANIFEST)
+        return Manifest.load(folder)
+    new = not (folder / MANIFEST).is_file()
+    with stage(f"writing the rows of {recipe.dataset.name} into shards: {folder}", console=console, visible=new):
+        return write_shards(recipe.dataset, folder)
+
+
+def initial_objective(prepared: Prepared) -> Objective:
+    """The objective as training begins, the same on every rank: weights from the seed, pseudo-inputs from the first training rows."""
+    manifest, seed = prepared.manifest, prepared.recipe.training.seed
+    torch.manual_seed(seed)
+    objective = prepared.recipe.build(manifest)
+    rows = min(INITIAL_ROWS, manifest.num_rows("train"))
+    objective.initialise(next(iter(Evaluation(manifest.folder, "train", batch_size=rows, seed=seed))))
+    return objective
+
+
+def build_trainer(objective: Objective, prepared: Prepared, started: Ranks) -> Trainer:
+    """Stream and trainer; raises ValueError where the ranks disagree about what to train."""
+    manifest, training = prepared.manifest, prepared.recipe.training
+    stream = Stream(
+        manifest.folder,
+        "train",
+        batch_size=training.batch_size,
+        seed=training.seed,
+        rank=started.rank,
+        world=started.world,
+        accumulate=training.accumulate,
+        workers=training.workers,
+    )
+    own = {name: value for name, value in prepared.keywords.items() if name not in {*vars(training), *record.PLACES}}
+    return Trainer(objective, stream, training, folder=prepared.folder, configuration=own)
+
+
+def described(manifest: Manifest) -> str:
+    """What there is to train on, in a line: rows, modalities, the share of missing entries."""
+    split = manifest.splits["train"]
+    missing = 1 - sum(split.present.values()) / (split.rows * len(manifest.fields))
+    rows = ", ".join(f"{entry.rows:,} rows to {'train on' if name == 'train' else 'test on'}" for name, entry in manifest.splits.items())
+    return f"{rows}, modalities {', '.join(manifest.fields)}, {missing:.0%} of the training entries missing"
+
+
+class Watch:
+    """Evaluations of a training: short ones on the way, for the log and to know the best step, and the full one at its end."""
+
+    def __init__(self, objective: Objective, prepared: Prepared, trainer: Trainer, cache: Path | None, *, console: Console):
+        self.objective, self.prepared, self.trainer, self.console = objective, prepared, trainer, console
+        self.place = Place(trainer.rank, trainer.world, trainer.reduce)
+        self.classifiers = {} if cache is None else self._in_turn(cache)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss and, with labels, cross coherence on the first test rows; logged, and the best step's weights kept."""
+        manifest, trainer = self.prepared.manifest, self.trainer
+        metrics: list[Metric] = [held_out_loss]
+        if self.classifiers:
+            metrics.append(cross_coherence(self.classifiers, source_sets(list(manifest.fields))))
+        batches = evaluation(manifest, "test", self.place, seed=self.prepared.recipe.training.seed)
+        most = -(-PROGRESS_ROWS // (EVALUATION_ROWS * trainer.world))
+        with trainer.averaged():
+            found = values(evaluate(self.objective, itertools.islice(batches, most), metrics, reduce=trainer.reduce))
+        trainer.log(found)
+        trainer.save_best(-found["held_out/loss"])
+        return found
+
+    def measure(self) -> None:
+        """Everything, at the end: results.json, figures, report, and the table on the screen."""
+        prepared, trainer = self.prepared, self.trainer
+        with trainer.averaged():
+            assess(
+                self.objective,
+                prepared.recipe,
+                prepared.manifest,
+                prepared.folder,
+                self.classifiers,
+                step=trainer.step,
+                place=self.place,
+                console=self.console,
+            )
+
+    def _in_turn(self, cache: Path) -> dict[str, Classifier]:
+        """Rank 0 trains the classifiers and stores them, then the others find them there."""
+        found: dict[str, Classifier] = {}
+        for turn in (True, False):
+            if self.trainer.is_main == turn:
+                try:
+                    found = classifiers_of(self.prepared.recipe, self.prepared.manifest, cache, console=self.console, visible=turn)
+                except ValueError as error:
+                    raise ValueError(f"{error}; or train without measuring: --no-evaluate") from error
+            self.trainer.reduce(torch.zeros(1))
+        return found
+
+
+def held_out_loss(objective: Objective, batch: Batch) -> Mapping[str, Sums]:
+    """The training loss of rows that were not trained on, `held_out/loss`."""
+    return {"held_out/loss": Sums(objective(batch).total.detach(), batch.observed.any(1).sum())}
+
+
+def _folder(name: str, where: Where) -> Path:
+    if where.resume is not None:
+        return run_folder(where.resume)
+    if where.run is not None:
+        return run_folder(where.run)
+    return RUNS / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"  # only rank 0's clock counts: only rank 0 writes
+
+
+def _wait_for(file: Path) -> None:
+    """Another process writes this file last of all. If that process fails, the launcher ends this one too."""
+    deadline = time.monotonic() + PATIENCE
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{file}: waited {PATIENCE / 60:.0f} minutes for another process to write it; write it first: meme-dist shards write"
+            )
+        time.sleep(0.2)

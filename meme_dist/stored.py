@@ -1,0 +1,50 @@
+"""A run that was trained: its model, its recipe and its rows, from its folder alone."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from meme_dist import record
+from meme_dist.data.index import Manifest
+from meme_dist.objectives.base import Objective
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.base import Recipe
+from meme_dist.recipes.keywords import unflatten
+from meme_dist.train.checkpoint import load_weights
+
+
+class Stored(NamedTuple):
+    """A trained model and what belongs to it."""
+
+    objective: Objective
+    recipe: Recipe
+    manifest: Manifest
+    folder: Path
+    step: int
+
+
+def arguments_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The recipe's name and its keywords, as a run's run.json has them. Raises ValueError for a recipe that this version has not."""
+    saved = record.load(folder)
+    if saved.recipe not in RECIPES:
+        raise ValueError(f"{folder}: recipe {saved.recipe!r} is not known here; this version has {', '.join(RECIPES)}")
+    return saved.recipe, unflatten(RECIPES[saved.recipe], saved.keywords)
+
+
+def load(folder: Path, *, checkpoint: str = "last") -> Stored:
+    """The model of a run, with its averaged weights where it has some, on a GPU if there is one.
+
+    Raises ValueError where there is no such run or checkpoint, where the shards have gone, or where the weights are another model's.
+    """
+    name, arguments = arguments_of(folder)
+    recipe = RECIPES[name](**arguments)
+    manifest = Manifest.load(record.load(folder).shards)
+    torch.manual_seed(recipe.training.seed)
+    objective = recipe.build(manifest)
+    try:
+        step = load_weights(objective, folder / "checkpoints" / checkpoint)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}; train it further: meme-dist train --resume {folder}") from None
+    objective.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Stored(objective, recipe, manifest, folder, step)

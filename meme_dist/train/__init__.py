@@ -1,0 +1,1 @@
+"""Training: the only folder that knows Accelerate. Importing it imports nothing heavy."""
