@@ -29,4 +29,3 @@ if __name__ == "__main__":
     result = train(Path(sys.argv[1]))
     if PartialState().is_main_process:
         np.savez(Path(sys.argv[1]) / "result.npz", **result)
-    PartialState().destroy_process_group()

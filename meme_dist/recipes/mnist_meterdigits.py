@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-from meme_dist.classifiers import paper_network
 from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import mnist_meterdigits as rows
@@ -64,7 +63,7 @@ def mnist_meterdigits(
         weights = model.weights(manifest.fields)
         return model.objective({key: _modality(key, field, networks, model, weights[key]) for key, field in manifest.fields.items()})
 
-    return Recipe(build, training, dataset, measures=Measures(seed=training.seed), judge=paper_network)
+    return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
 
 
 def _modality(key: str, field: Field, networks: Networks, model: Model, weight: float) -> Modality:
