@@ -76,10 +76,15 @@ def reconstruction_table(
     Decoder j runs once, on the rows that exist: its own (`own`) and those of every other source (`cross`). With neither own nor cross
     rows in the batch it still sees its padding, whose result is cut off.
     """
-    sources, samples, rows, dim = z.shape
-    flat = torch.cat([z.transpose(0, 1).reshape(samples, sources * rows, dim), z.new_zeros(samples, 1, dim)], 1)
+    sources, samples, rows, _ = z.shape
+    flat = by_place(z)
     columns = [_column(modalities[name], packed, flat, j, rows, own, cross) for j, (name, packed) in enumerate(batch.modalities.items())]
     return torch.stack([c[:, :-1].view(samples, sources, rows) for c in columns]).permute(2, 0, 1, 3)
+
+
+def by_place(z: Float[Tensor, "N K B D"]) -> Float[Tensor, "K places D"]:
+    """Samples where the index lists of a batch point to: source i of row b at i * B + b, zeros at N * B for padding."""
+    return torch.cat([z.transpose(0, 1).flatten(1, 2), z.new_zeros(z.shape[1], 1, z.shape[3])], 1)
 
 
 def _column(modality: Modality, packed: Packed, flat: Tensor, j: int, rows: int, own: bool, cross: bool) -> Float[Tensor, "K places"]:

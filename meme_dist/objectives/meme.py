@@ -26,7 +26,7 @@ from torch import Tensor
 from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, divergence, mixture_of, product
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, masked_sums, pairs, reconstruction_table
+from meme_dist.objectives.base import Objective, by_place, masked_sums, pairs, reconstruction_table
 from meme_dist.priors import PseudoInputs, join
 from meme_dist.types import Batch, Loss, Sums
 
@@ -125,8 +125,8 @@ class MEME(Objective):
 
     def _pseudo_log_prob(self, batch: Batch, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N K B"]:
         """log p_lambda(z[i, k, b]) where row b holds i alone, 0 elsewhere: only those rows are worked on."""
-        sources, samples, rows, dim = z.shape
-        flat = torch.cat([z.transpose(0, 1).reshape(samples, sources * rows, dim), z.new_zeros(samples, 1, dim)], 1)
+        sources, samples, rows, _ = z.shape
+        flat = by_place(z)
         points = flat[:, batch.alone]
         components = [Components(self._pseudo(name).posterior(self.modality(name))) for name in batch.modalities]
         table = torch.stack([c.log_prob(points) for c in components])  # [N, K, A]
