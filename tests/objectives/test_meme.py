@@ -339,6 +339,17 @@ def test_every_parameter_has_a_gradient_for_every_pattern(estimator, single):
         assert [n for n, p in objective.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_rows_loss_is_minus_the_mean_bound_of_the_modalities_it_holds(estimator):
+    """At cross weight 1 with the sampled log-ratio what is optimised is the bound itself."""
+    objective = network_objective(3, samples=3, estimator=estimator, cross_weight=1.0, log_ratio="sampled")
+    x = {f"m{i}": torch.randn(EVENT).double() for i in range(3)}
+    for observed in ([1, 1, 1], [1, 0, 1], [0, 1, 0]):
+        loss = objective(replicate(x, observed, 1))
+        bounds = [loss.terms[f"bound/m{i}"].total for i in np.flatnonzero(observed)]
+        torch.testing.assert_close(loss.total, -sum(bounds) / len(bounds), rtol=1e-12, atol=0)
+
+
 def test_a_row_that_observes_nothing_adds_nothing():
     objective = network_objective(2, samples=2)
     x = {n: torch.randn(4, EVENT).double() for n in ("m0", "m1")}
