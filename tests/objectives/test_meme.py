@@ -116,7 +116,7 @@ def mean_bound(objective, x, observed, name):
     `released` weighs one sample by w in [0, K], so its value needs many rows; the others put their trust in many samples.
     """
     released = objective.estimator == "released"
-    objective.samples, rows, repeats = (100, 1000, 12) if released else (4000, 4, 8)
+    objective.samples, rows, repeats = (100, 2000, 20) if released else (4000, 4, 8)
     terms = [objective(replicate(x, observed, rows, seed=s)).terms[f"bound/{name}"] for s in range(repeats)]
     means = torch.stack([t.total / t.count for t in terms])
     return means.mean().item(), (means.std() / math.sqrt(repeats)).item()
