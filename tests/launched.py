@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from meme_dist.leave import leave
 from meme_dist.train.trainer import Trainer, Training
 from tests.trainings import Rows, build, mixed
 
@@ -29,3 +30,4 @@ if __name__ == "__main__":
     result = train(Path(sys.argv[1]))
     if PartialState().is_main_process:
         np.savez(Path(sys.argv[1]) / "result.npz", **result)
+    leave(0)

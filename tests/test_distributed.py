@@ -302,3 +302,21 @@ def test_accelerate_launch_with_cpu2_yaml_gives_the_update_of_one_process_to_1e_
     assert came["world"] == 2
     assert relative(came["weights"], expected["weights"]) < 1e-6
     assert np.allclose(came["losses"], expected["losses"], rtol=1e-6)
+
+
+@pytest.mark.launch
+def test_leaving_with_other_ranks_skips_the_shutdown_that_aborted_after_all_work_was_done(tmp_path: Path) -> None:
+    """The threads of gloo outlive DDP; what runs at Python's shutdown must not run beside them. Output is kept, so is the exit status."""
+    program = "\n".join(
+        [
+            "import atexit, torch",
+            "from meme_dist.leave import leave",
+            "atexit.register(print, 'shut down')",
+            f"torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)",
+            "print('work done')",
+            "leave(3)",
+        ]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (3, "work done\n"), done.stderr
