@@ -196,7 +196,8 @@ def described(manifest: Manifest) -> str:
     """What there is to train on, in a line: rows, modalities, the share of missing entries."""
     split = manifest.splits["train"]
     missing = 1 - sum(split.present.values()) / (split.rows * len(manifest.fields))
-    rows = ", ".join(f"{entry.rows:,} rows to {'train on' if name == 'train' else 'test on'}" for name, entry in manifest.splits.items())
+    use = {"train": "train", "validation": "choose the best step"}
+    rows = ", ".join(f"{entry.rows:,} rows to {use.get(name, 'test')} on" for name, entry in manifest.splits.items())
     return f"{rows}, modalities {', '.join(manifest.fields)}, {missing:.0%} of the training entries missing"
 
 
@@ -209,12 +210,12 @@ class Watch:
         self.classifiers = {} if cache is None else self._in_turn(cache)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss and, with labels, cross coherence on the first test rows; logged, and the best step's weights kept."""
+        """Held-out loss and, with labels, cross coherence on the first rows of the validation split (the test split without one); logged, and the best step's weights kept."""
         manifest, trainer = self.prepared.manifest, self.trainer
         metrics: list[Metric] = [held_out_loss]
         if self.classifiers:
             metrics.append(cross_coherence(self.classifiers, source_sets(list(manifest.fields))))
-        batches = evaluation(manifest, "test", self.place, seed=self.prepared.recipe.training.seed)
+        batches = evaluation(manifest, manifest.watched, self.place, seed=self.prepared.recipe.training.seed)
         most = -(-PROGRESS_ROWS // (EVALUATION_ROWS * trainer.world))
         with trainer.averaged():
             found = values(evaluate(self.objective, itertools.islice(batches, most), metrics, reduce=trainer.reduce))

@@ -70,6 +70,21 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 # ---- what works -------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_test_rows_stay_untouched_until_the_end_where_there_is_a_validation_split(home: Path) -> None:
+    def dark_only(split: str) -> Iterator[Row]:
+        for row in rows(split):
+            yield row if split != "validation" else Row({"scan": torch.full((1, 4, 4), 40, dtype=torch.uint8), "word": "a"}, 0)
+
+    manifest = write_shards(Dataset("scans", FIELDS, dark_only, ("dark", "bright")), home / "three", splits=("train", "validation", "test"))
+    for shard in manifest.shards("test"):
+        manifest.path(shard).unlink()  # read on the way, they would be missed
+    words = ["train", "auto", "--shards", "three", *TINY, "--steps", "4", "--evaluate-every", "2", "--run", "watched", "--no-evaluate"]
+    assert main(words) == 0
+    log = [json.loads(line) for line in (home / "runs" / "watched" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "held_out/loss" in line] == [2, 4]
+    assert (home / "runs" / "watched" / "checkpoints" / "best").exists()
+
+
 def test_a_run_leaves_record_log_checkpoints_results_figures_and_report(home: Path) -> None:
     run = home / "runs" / "first"
     record = json.loads((run / "run.json").read_text())

@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """One part of the data set ("train", "test"): its shards in order, and what is in them."""
+    """One part of the data set ("train", "test", perhaps "validation"): its shards in order, and what is in them."""
 
     rows: int
     single: bool  # does any row hold one modality only?
@@ -166,6 +166,11 @@ class Manifest:
     def single(self, split: str) -> bool:
         """Does any row of the split hold one modality only?"""
         return self._split(split).single
+
+    @property
+    def watched(self) -> str:
+        """The split that a training is watched on, and its best step chosen: "validation" where there is one, else "test"."""
+        return "validation" if "validation" in self.splits else "test"
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         return self._split(split).shards
