@@ -176,7 +176,7 @@ def mixture_of(table: Float[Tensor, "N *rows"], present: Bool[Tensor, "N *mask"]
     """
     count = present.sum(0)
     filled = torch.where(present | (count == 0), table, -torch.inf)
-    mixed = torch.logsumexp(torch.where(count == 0, torch.zeros_like(filled), filled), 0) - count.clamp(min=1).log().to(table.dtype)
+    mixed = torch.logsumexp(torch.where(count == 0, torch.zeros_like(filled), filled), 0) - count.clamp(min=1).to(table.dtype).log()
     return torch.where(count == 0, torch.zeros_like(mixed), mixed)
 
 

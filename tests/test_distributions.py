@@ -67,6 +67,12 @@ def test_row_mixture_moments_density_and_draws_agree():
         torch.testing.assert_close(mixture.log_prob(z[:50])[:, row], even.log_prob(z[:50, row]))
 
 
+def test_a_mixture_of_equals_is_its_component_to_the_last_digit_of_float64():
+    """The number of components was once logged in float32: an error of 1e-9 nats in float64."""
+    table = torch.randn(1, 2, 5, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(mixture_of(table, torch.ones(3, 1, 5, dtype=torch.bool)), table[0], rtol=1e-15, atol=1e-15)
+
+
 def test_a_mixture_of_one_is_its_component_and_an_absent_entry_reaches_nothing():
     table = torch.tensor([[1.0, -2.0], [float("nan"), 3.0]], requires_grad=True)
     present = torch.tensor([[True, True], [False, True]])
