@@ -3,7 +3,7 @@
 Tables are read where they lie: only the row axis must be contiguous, the others come as strides.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Tables(NamedTuple):
     ess: Tensor | None
 
 
-# ---- device functions ---------------------------------------------------------------------------------------------------------------------
+# ---- device functions --------------------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -126,12 +126,13 @@ def _source(
     return here, others, t, share, log_sum, weight, own, ratio, closed, exact
 
 
-# ---- kernels ------------------------------------------------------------------------------------------------------------------------------
+# ---- kernels -----------------------------------------------------------------------------------------------------------------------------
 
 
 @jit
 def _forward_kernel(
-    own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr, gap_ptr, ess_ptr, objective_ptr, metrics_ptr,
+    own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr, gap_ptr, ess_ptr,
+    objective_ptr, metrics_ptr,
     o_i, o_k, a_i, a_j, a_k, q_i, q_j, q_k, K, B, cross_weight,
     N: tl.constexpr, ESTIMATOR: tl.constexpr, KB: tl.constexpr, BB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -247,7 +248,7 @@ def _draw_kernel(
     tl.store(ess_ptr + i * B + b, 1.0 / tl.sum(share * share, 0), mask=inside)
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------------------------------
+# ---- launches ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _blocks(samples: int, rows: int) -> dict[str, Any]:
@@ -260,8 +261,8 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 
 def _fake_forward(
-    own: Tensor, cross: Tensor, density: Tensor, prior: Optional[Tensor], alone: Optional[Tensor], closed: Optional[Tensor], observed: Tensor,
-    index: Optional[Tensor], gap: Optional[Tensor], ess: Optional[Tensor], estimator: int, cross_weight: float,
+    own: Tensor, cross: Tensor, density: Tensor, prior: Tensor | None, alone: Tensor | None, closed: Tensor | None, observed: Tensor,
+    index: Tensor | None, gap: Tensor | None, ess: Tensor | None, estimator: int, cross_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide, shape = sums_dtype(own, cross, density), observed.shape
     return own.new_empty(shape, dtype=wide), own.new_empty((5, *shape), dtype=wide)
@@ -269,8 +270,8 @@ def _fake_forward(
 
 @opaque(_fake_forward)
 def _forward(
-    own: Tensor, cross: Tensor, density: Tensor, prior: Optional[Tensor], alone: Optional[Tensor], closed: Optional[Tensor], observed: Tensor,
-    index: Optional[Tensor], gap: Optional[Tensor], ess: Optional[Tensor], estimator: int, cross_weight: float,
+    own: Tensor, cross: Tensor, density: Tensor, prior: Tensor | None, alone: Tensor | None, closed: Tensor | None, observed: Tensor,
+    index: Tensor | None, gap: Tensor | None, ess: Tensor | None, estimator: int, cross_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     objective, metrics = _fake_forward(own, cross, density, prior, alone, closed, observed, index, gap, ess, estimator, cross_weight)
     tables, strides, sizes = _prepared(own, cross, density, prior, alone, closed, observed, index, gap, ess)
@@ -280,16 +281,18 @@ def _forward(
 
 
 def _fake_backward(
-    g: Tensor, own: Tensor, cross: Tensor, density: Tensor, prior: Optional[Tensor], alone: Optional[Tensor], closed: Optional[Tensor],
-    observed: Tensor, index: Optional[Tensor], estimator: int, cross_weight: float, stop_gradient: bool,
+    g: Tensor, own: Tensor, cross: Tensor, density: Tensor, prior: Tensor | None, alone: Tensor | None, closed: Tensor | None,
+    observed: Tensor, index: Tensor | None, estimator: int, cross_weight: float, stop_gradient: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (own, cross, density, prior, alone, closed) if x is not None]
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (own, cross, density, prior, alone, closed) if x is not None
+    ]
 
 
 @opaque(_fake_backward)
 def _backward(
-    g: Tensor, own: Tensor, cross: Tensor, density: Tensor, prior: Optional[Tensor], alone: Optional[Tensor], closed: Optional[Tensor],
-    observed: Tensor, index: Optional[Tensor], estimator: int, cross_weight: float, stop_gradient: bool,
+    g: Tensor, own: Tensor, cross: Tensor, density: Tensor, prior: Tensor | None, alone: Tensor | None, closed: Tensor | None,
+    observed: Tensor, index: Tensor | None, estimator: int, cross_weight: float, stop_gradient: bool,
 ) -> list[Tensor]:  # fmt: skip
     found = _fake_backward(g, own, cross, density, prior, alone, closed, observed, index, estimator, cross_weight, stop_gradient)
     outputs = _aligned(found, (own, cross, density, prior, alone, closed))

@@ -47,7 +47,9 @@ def uses_triton(*tensors: Tensor | None) -> bool:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
     kind = next(iter(devices)).type
     if _backend == "triton" and kind == "cpu" and not INTERPRETED:
-        raise RuntimeError("backend('triton'): the tensors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 to test kernels there")
+        raise RuntimeError(
+            "backend('triton'): the tensors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 to test kernels there"
+        )
     return _backend == "triton" or (_backend == "auto" and kind == "cuda" and ABSENT is None)
 
 
@@ -70,19 +72,23 @@ def opaque(fake: Callable[..., Any]) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        node = torch.library.custom_op(f"meme_kernels::{function.__module__.split('.')[-1]}_{function.__name__.strip('_')}", mutates_args=())(function)
+        node = torch.library.custom_op(
+            f"meme_kernels::{function.__module__.split('.')[-1]}_{function.__name__.strip('_')}", mutates_args=()
+        )(function)
         node.register_fake(fake)
 
         def call(*arguments: Any) -> Any:
             return node(*arguments) if torch.compiler.is_compiling() else function(*arguments)
 
-        call.node = node  # type: ignore[attr-defined]  # for opcheck
+        call.node = node  # for opcheck
         return call  # type: ignore[return-value]
 
     return decorate
 
 
-def through_reference(reference: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def through_reference(
+    reference: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """The reference's gradients, themselves differentiable: what a backward pass gives when a second derivative is asked for."""
     with torch.enable_grad():
         outputs = reference(*inputs)
@@ -98,7 +104,7 @@ def sums_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-# ---- what an op says of itself: for the tests and benchmarks, which find every module's OP ------------------------------------------------
+# ---- what an op says of itself: for the tests and benchmarks, which find every module's OP -----------------------------------------------
 
 
 class Case(NamedTuple):
@@ -119,9 +125,9 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FusedOp:
-    """`call` is public and differentiable; `reference` the plain PyTorch specification with the same signature; `naive` the formula as it is
-    commonly written, big tensors and all: the independent check and the baseline. `cases(size, device, dtype)` yields calls, `cost` prices
-    one: cost(*arguments, backward=False, **settings)."""
+    """`call` is public and differentiable; `reference` the plain PyTorch specification with the same signature; `naive` the formula as
+    it is commonly written, big tensors and all: the independent check and the baseline. `cases(size, device, dtype)` yields calls, `cost`
+    prices one: cost(*arguments, backward=False, **settings)."""
 
     name: str
     call: Callable[..., Any]

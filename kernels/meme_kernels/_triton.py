@@ -1,28 +1,32 @@
 """Triton where it is installed. Where it is not, names that let the kernel files be imported: nothing is launched then."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-    from triton import jit
 
-    ABSENT = None
-except ImportError as _error:  # no wheel for this platform, or a CPU build of PyTorch, which does not bring it
-    ABSENT = str(_error)
-    triton: Any = None
+    ABSENT: str | None = None
+    jit: Any = None  # untyped on purpose: a kernel's body is Triton's language, which only looks like Python
+else:
+    try:
+        import triton
+        import triton.language as tl
 
-    class tl:  # noqa: N801
-        """Stands in for triton.language in annotations and module constants."""
+        ABSENT, jit = None, triton.jit
+    except ImportError as _error:  # no wheel for this platform, or a CPU build of PyTorch, which does not bring it
 
-        constexpr = staticmethod(lambda value: value)
-        float32 = float64 = None
+        class _Language:
+            """Stands in for triton.language in annotations and module constants."""
 
-    def jit(function: Any) -> Any:
-        """Leave a kernel as it is; it is never launched."""
-        return function
+            float32 = float64 = None
 
+            @staticmethod
+            def constexpr(value):
+                return value
+
+        ABSENT, triton, tl, jit = str(_error), None, _Language, lambda function: function
 
 # Decided when the kernels are decorated, so once, at import.
 INTERPRETED = ABSENT is None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

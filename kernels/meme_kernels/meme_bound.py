@@ -15,8 +15,9 @@ For source i of row b, targets T = the other modalities that the row holds, samp
     resampled        1 at a k drawn from p (`resample`), whose A come afresh, with gradients; t and marginal then read
                      t = fresh, marginal = fresh + (marginal - t[k]) so that the value is the marginal and the gradient that of t[k]
 
-Where T is one expert, or the prior a product, a closed-form -KL may take the place of the sampled ratio: v's sum times it. The gradient of v
-is stopped unless `stop_gradient` is False (eq. 7):  d objective / d t[l] gains  F[l] v[l] - p[l] sum_k F[k] v[k],  F = A_ii - t + ratio.
+Where T is one expert, or the prior a product, a closed-form -KL may take the place of the sampled ratio: v's sum times it. The gradient
+of v is stopped unless `stop_gradient` is False (eq. 7):
+    d objective / d t[l] gains  F[l] v[l] - p[l] sum_k F[k] v[k],  F = A_ii - t + ratio.
 
 The bound at c = 1 is a metric whatever is optimised. Everything is masked by selection: an absent entry reaches neither value nor gradient.
 Forward reads 2 N^2 K B + N K B numbers (resampled: N^2 K B + N^2 B) and writes 6 N B; backward reads them again and writes as many: one
@@ -25,7 +26,7 @@ launch each, one program for a source and a block of rows, every sum in one orde
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -69,16 +70,15 @@ def meme_bound(
     stop_gradient: bool = True,
 ) -> Bound:
     """own [N, K, B] (or [N, 1, B] unless rao_blackwell): A[i,i]; cross [N, N, K, B] (resampled: [N, N, 1, B]): A, its diagonal unread;
-    density [N, N, K, B]: Q; observed bool [N, B]. `prior` [N, K, B]: log of a product of experts instead of the mixture; `alone` [N, K, B]: log
-    of the prior of rows that hold one modality; `closed` [N, B]: -KL(q_i || p(z | x_T)); `drawn`: with `resampled`.
+    density [N, N, K, B]: Q; observed bool [N, B]. `prior` [N, K, B]: log of a product of experts instead of the mixture;
+    `alone` [N, K, B]: log of the prior of rows that hold one modality; `closed` [N, B]: -KL(q_i || p(z | x_T)); `drawn`: with `resampled`.
 
     Raises ValueError for shapes that do not fit, `resampled` without `drawn`, or with stop_gradient=False.
     """
     _check(own, cross, density, observed, estimator, drawn, stop_gradient)
-    tensors = (own, cross, density, observed, prior, alone, closed, drawn)
     if not uses_triton(own, cross, density, observed, prior, alone, closed):
-        return reference(*tensors[:4], estimator=estimator, cross_weight=cross_weight, prior=prior, alone=alone, closed=closed, drawn=drawn,
-                         stop_gradient=stop_gradient)  # fmt: skip
+        settings = {"estimator": estimator, "cross_weight": cross_weight, "drawn": drawn, "stop_gradient": stop_gradient}
+        return reference(own, cross, density, observed, prior=prior, alone=alone, closed=closed, **settings)
     index, gap, ess = drawn if drawn is not None else (None, None, None)
     code = ESTIMATORS.index(estimator)
     return Bound(*_Bound.apply(own, cross, density, prior, alone, closed, observed, index, gap, ess, code, cross_weight, stop_gradient))
@@ -170,7 +170,11 @@ def _check(own: Tensor, cross: Tensor, density: Tensor, observed: Tensor, estima
         raise ValueError("stop_gradient=False: a resampled index has no gradient; use released or rao_blackwell")
     modalities, _, samples, rows = density.shape
     decoded = 1 if drawn is not None else samples
-    expected = [(modalities, samples if estimator == "rao_blackwell" else 1, rows), (modalities, modalities, decoded, rows), (modalities, rows)]
+    expected = [
+        (modalities, samples if estimator == "rao_blackwell" else 1, rows),
+        (modalities, modalities, decoded, rows),
+        (modalities, rows),
+    ]
     came = [tuple(x.shape) for x in (own, cross, observed)]
     if came != expected or density.shape[1] != modalities or samples < 1:
         raise ValueError(f"meme_bound: for density {tuple(density.shape)} expected own, cross, observed {expected}, got {came}")
@@ -178,7 +182,9 @@ def _check(own: Tensor, cross: Tensor, density: Tensor, observed: Tensor, estima
 
 class _Bound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, cross: Tensor, density: Tensor, prior: Any, alone: Any, closed: Any, observed: Tensor, *rest: Any) -> Any:
+    def forward(
+        ctx: Any, own: Tensor, cross: Tensor, density: Tensor, prior: Any, alone: Any, closed: Any, observed: Tensor, *rest: Any
+    ) -> Any:
         index, gap, ess, *ctx.settings = rest
         ctx.save_for_backward(own, cross, density, prior, alone, closed, observed, index, gap, ess)
         objective, metrics = forward(Tables(own, cross, density, prior, alone, closed, observed, index, gap, ess), *ctx.settings)
@@ -192,15 +198,15 @@ class _Bound(torch.autograd.Function):
             return *through_reference(_objective(tables, *ctx.settings), tables[:6], gradients[:1]), *(None,) * 7
         found = backward(tables, gradients[0], *ctx.settings)
         given = zip(found, tables[:6], strict=True)
-        return *(None if x is None else g.to(x.dtype) for g, x in given), *(None,) * 7
+        return *(None if x is None or g is None else g.to(x.dtype) for g, x in given), *(None,) * 7
 
 
 def _objective(tables: Tables, code: int, cross_weight: float, stop_gradient: bool) -> Any:
-    drawn = None if tables.index is None else Drawn(tables.index, tables.gap, tables.ess)
+    drawn = None if tables.index is None else Drawn(*cast(tuple[Tensor, Tensor, Tensor], tables[7:]))
 
     def objective(own: Tensor, cross: Tensor, density: Tensor, prior: Tensor | None, alone: Tensor | None, closed: Tensor | None) -> Tensor:
-        return reference(own, cross, density, tables.observed, estimator=ESTIMATORS[code], cross_weight=cross_weight, prior=prior, alone=alone,
-                         closed=closed, drawn=drawn, stop_gradient=stop_gradient).objective  # fmt: skip
+        settings = {"estimator": ESTIMATORS[code], "cross_weight": cross_weight, "drawn": drawn, "stop_gradient": stop_gradient}
+        return reference(own, cross, density, tables.observed, prior=prior, alone=alone, closed=closed, **settings).objective
 
     return objective
 
@@ -252,7 +258,7 @@ def _one_source(
     return objective, torch.stack([x.where(here, 0.0) for x in (fit + sampled + marginal, reconstruction, log_ratio)] + paired)
 
 
-# ---- what the op says of itself -----------------------------------------------------------------------------------------------------------
+# ---- what the op says of itself ----------------------------------------------------------------------------------------------------------
 
 _SIZES = {
     "tiny": [(2, 3, 5), (2, 1, 1), (3, 5, 33), (5, 2, 7), (3, 4, 0), (1, 3, 4)],
