@@ -35,45 +35,34 @@ class Tables(NamedTuple):
 
 
 @jit
-def _presence(observed_ptr, i, b, inside, N: tl.constexpr, B):
-    """Whether row b holds source i, and how many others it holds then."""
-    held = tl.zeros(b.shape, tl.int32)
-    for j in tl.static_range(N):
-        held += tl.load(observed_ptr + j * B + b, mask=inside, other=0).to(tl.int32)
-    here = tl.load(observed_ptr + i * B + b, mask=inside, other=0).to(tl.int32) != 0
-    return here, tl.where(here, held - 1, 0)
+def _tile(ptr, i, k, b, s_i, s_k, K, B, ACC: tl.constexpr):
+    """The tile [K, rows] of source i. Masked by its bounds alone, so that loads are 16 bytes wide; the caller selects what is there."""
+    mask = (k < K)[:, None] & (b < B)[None, :]
+    return tl.load(ptr + i * s_i + k[:, None] * s_k + b[None, :], mask=mask, other=0.0).to(ACC)
 
 
 @jit
-def _targets(cross_ptr, observed_ptr, i, k, b, here, s_i, s_j, s_k, K, B, N: tl.constexpr, ACC: tl.constexpr):
-    """t [K, rows]: the sum of A[i, j] over the targets j."""
+def _targets(
+    cross_ptr, density_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, q_i, q_j, q_k, decoded, K, B,
+    N: tl.constexpr, MIXTURE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Whether rows hold source i, and how many others then; t: the sum of A[i, j] over these targets; the log-sum-exp of their Q[i, j]."""
+    here = tl.load(observed_ptr + i * B + b, mask=inside, other=0) != 0
+    others = tl.zeros(b.shape, tl.int32)
     t = tl.zeros((k.shape[0], b.shape[0]), ACC)
-    for j in tl.static_range(N):
-        there = tl.load(observed_ptr + j * B + b, mask=here & (b < B), other=0) != 0
-        mask = (k < K)[:, None] & (there & (i != j))[None, :]
-        t += tl.load(cross_ptr + i * s_i + j * s_j + k[:, None] * s_k + b[None, :], mask=mask, other=0.0).to(ACC)
-    return t
-
-
-@jit
-def _mixture(density_ptr, observed_ptr, i, k, b, here, s_i, s_j, s_k, K, B, N: tl.constexpr, ACC: tl.constexpr):
-    """logsumexp over the targets of Q[i, j]: running maximum and sum, -inf and 0 where there is none."""
     top = tl.full((k.shape[0], b.shape[0]), float("-inf"), ACC)
     total = tl.zeros((k.shape[0], b.shape[0]), ACC)
     for j in tl.static_range(N):
-        there = tl.load(observed_ptr + j * B + b, mask=here & (b < B), other=0) != 0
-        mask = (k < K)[:, None] & (there & (i != j))[None, :]
-        q = tl.load(density_ptr + i * s_i + j * s_j + k[:, None] * s_k + b[None, :], mask=mask, other=float("-inf")).to(ACC)
-        new = tl.maximum(top, q)
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * exp(top - safe) + exp(q - safe)
-        top = new
-    return tl.where(top == float("-inf"), 0.0, top) + tl.log(tl.where(total > 0, total, 1.0))
-
-
-@jit
-def _tile(ptr, i, k, b, mask, s_i, s_k, ACC: tl.constexpr):
-    return tl.load(ptr + i * s_i + k[:, None] * s_k + b[None, :], mask=mask, other=0.0).to(ACC)
+        target = here & (i != j) & (tl.load(observed_ptr + j * B + b, mask=inside, other=0) != 0)
+        others += target.to(tl.int32)
+        t += tl.where(target[None, :], _tile(cross_ptr + j * a_j, i, k, b, a_i, a_k, decoded, B, ACC), 0.0)
+        if MIXTURE:
+            q = tl.where(target[None, :], _tile(density_ptr + j * q_j, i, k, b, q_i, q_k, K, B, ACC), float("-inf"))
+            new = tl.maximum(top, q)
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            total = total * exp(top - safe) + exp(q - safe)
+            top = new
+    return here, others, t, tl.where(others > 0, top, 0.0) + tl.log(tl.where(total > 0, total, 1.0))
 
 
 @jit
@@ -92,11 +81,13 @@ def _source(
     i, k, b, inside, o_i, o_k, a_i, a_j, a_k, q_i, q_j, q_k, K, B,
     N: tl.constexpr, ESTIMATOR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Everything that both passes need of source i: t, p, log sum, v, own, ratio (tiles) and presence, closed form, exactness."""
-    here, others = _presence(observed_ptr, i, b, inside, N, B)
+    """What both passes need of source i: presence, t, p and their log sum, the mixture, v, own, ratio, closed form, exactness."""
+    decoded = K * 0 + 1 if ESTIMATOR == 2 else K
+    here, others, t, mixed = _targets(
+        cross_ptr, density_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, q_i, q_j, q_k, decoded, K, B,
+        N, prior_ptr is None, ACC,
+    )  # fmt: skip
     valid = (k < K)[:, None] & here[None, :]
-    decoded = 1 if ESTIMATOR == 2 else K
-    t = _targets(cross_ptr, observed_ptr, i, k, b, here, a_i, a_j, a_k, decoded, B, N, ACC)
     share, log_sum = _softmax(t, k, K)
     paired = others > 0
     if ESTIMATOR == 2:
@@ -106,24 +97,25 @@ def _source(
     else:
         weight = tl.where((k == 0)[:, None], share * K, 0.0) if ESTIMATOR == 1 else share
     weight = tl.where((k < K)[:, None], weight, 0.0)
-    ratio = -_tile(density_ptr + i * q_j, i, k, b, valid, q_i, q_k, ACC)
+    ratio = tl.where(valid, -_tile(density_ptr + i * q_j, i, k, b, q_i, q_k, K, B, ACC), 0.0)
     if prior_ptr is not None:
-        ratio += _tile(prior_ptr, i, k, b, valid & paired[None, :], K * B, B, ACC)
+        ratio += tl.where(valid & paired[None, :], _tile(prior_ptr, i, k, b, K * B, B, K, B, ACC), 0.0)
     else:
-        mixed = _mixture(density_ptr, observed_ptr, i, k, b, here, q_i, q_j, q_k, K, B, N, ACC)
         count = tl.log(tl.where(paired, others, 1).to(ACC))
         ratio += tl.where(valid & paired[None, :], mixed - count[None, :], 0.0)
     if alone_ptr is not None:
-        ratio += _tile(alone_ptr, i, k, b, valid & (others == 0)[None, :], K * B, B, ACC)
-    # The first sample's value, in all estimators but rao_blackwell, stands for all.
-    own_k = k if ESTIMATOR == 0 else k * 0
-    own = _tile(own_ptr, i, own_k, b, valid, o_i, o_k, ACC)
+        ratio += tl.where(valid & (others == 0)[None, :], _tile(alone_ptr, i, k, b, K * B, B, K, B, ACC), 0.0)
+    if ESTIMATOR == 0:
+        own = _tile(own_ptr, i, k, b, o_i, o_k, K, B, ACC)
+    else:  # one sample is decoded, and its value stands for all
+        own = tl.load(own_ptr + i * o_i + b, mask=inside, other=0.0).to(ACC)[None, :] + tl.zeros(share.shape, ACC)
+    own = tl.where(valid, own, 0.0)
     closed = tl.zeros(b.shape, ACC)
     exact = b < 0
     if closed_ptr is not None:
         exact = paired if prior_ptr is not None else others == 1
         closed = tl.load(closed_ptr + i * B + b, mask=inside & exact, other=0.0).to(ACC)
-    return here, others, t, share, log_sum, weight, own, ratio, closed, exact
+    return here, others, t, share, log_sum, mixed, weight, own, ratio, closed, exact
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------------------------
@@ -141,7 +133,7 @@ def _forward_kernel(
     b = (program % blocks) * BB + tl.arange(0, BB)
     K, B = K + i * 0, B + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
-    here, others, t, share, log_sum, weight, own, ratio, closed, exact = _source(
+    here, others, t, share, log_sum, mixed, weight, own, ratio, closed, exact = _source(
         own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr,
         i, k, b, inside, o_i, o_k, a_i, a_j, a_k, q_i, q_j, q_k, K, B, N, ESTIMATOR, ACC,
     )  # fmt: skip
@@ -180,7 +172,7 @@ def _backward_kernel(
     b = (program % blocks) * BB + tl.arange(0, BB)
     K, B = K + i * 0, B + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
-    here, others, t, share, log_sum, weight, own, ratio, closed, exact = _source(
+    here, others, t, share, log_sum, mixed, weight, own, ratio, closed, exact = _source(
         own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr,
         i, k, b, inside, o_i, o_k, a_i, a_j, a_k, q_i, q_j, q_k, K, B, N, ESTIMATOR, ACC,
     )  # fmt: skip
@@ -209,9 +201,6 @@ def _backward_kernel(
         given = tl.where(paired, d_ratio, 0.0)
         tl.store(d_prior_ptr + i * K * B + row, given.to(d_prior_ptr.dtype.element_ty), mask=valid)
     decoded = K * 0 + 1 if ESTIMATOR == 2 else K
-    mixed = ratio * 0.0
-    if prior_ptr is None:
-        mixed = _mixture(density_ptr, observed_ptr, i, k, b, here, q_i, q_j, q_k, K, B, N, ACC)
     for j in tl.static_range(N):
         there = tl.load(observed_ptr + j * B + b, mask=here & inside, other=0) != 0
         target = (there & (i != j))[None, :]
@@ -219,7 +208,8 @@ def _backward_kernel(
         tl.store(d_cross_ptr + at, tl.where(target, d_t, 0.0).to(d_cross_ptr.dtype.element_ty), mask=valid & (k < decoded)[:, None])
         d_q = tl.where(i == j, -d_ratio, 0.0)
         if prior_ptr is None:
-            q = tl.load(density_ptr + i * q_i + j * q_j + k[:, None] * q_k + b[None, :], mask=valid & target, other=float("-inf")).to(ACC)
+            q = _tile(density_ptr + j * q_j, i, k, b, q_i, q_k, K, B, ACC)
+            q = tl.where(valid & target, q, float("-inf"))
             d_q += tl.where(target, d_ratio * exp(q - mixed), 0.0)
         tl.store(d_density_ptr + (i * N + j) * K * B + row, d_q.to(d_density_ptr.dtype.element_ty), mask=valid)
 
@@ -234,8 +224,7 @@ def _draw_kernel(
     b = (program % blocks) * BB + tl.arange(0, BB)
     K, B = K + i * 0, B + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
-    here, _ = _presence(observed_ptr, i, b, inside, N, B)
-    t = _targets(cross_ptr, observed_ptr, i, k, b, here, a_i, a_j, a_k, K, B, N, ACC)
+    _, _, t, _ = _targets(cross_ptr, cross_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, 0, 0, 0, K, K, B, N, False, ACC)
     share, log_sum = _softmax(t, k, K)
     edges = tl.cumsum(share, 0)
     uniform = tl.load(uniform_ptr + i * B + b, mask=inside, other=0.5).to(ACC)
