@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from meme_dist.distributions import log_likelihood, token_log_prob
 
+Rows = Int[Tensor, " P"] | None
 SCALE_FLOOR = 1e-4  # of learned scales and rates: keeps log and division finite
 
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """A family of densities over data given decoder outputs."""
+    """A family of densities over data given decoder outputs. `row` says which datum each of the P rows has (without it p has the p-th), so
+    that data that several sources explain are never copied."""
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]: ...
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]: ...
     def mean(self, params: Float[Tensor, "..."]) -> Shaped[Tensor, "..."]: ...
 
 
@@ -36,9 +38,11 @@ class _Scaled(nn.Module):
         self.raw = nn.Parameter(raw) if learned else None
         self.fixed = scale
 
-    @property
-    def scale(self) -> Tensor:
-        return torch.tensor(self.fixed) if self.raw is None else F.softplus(self.raw) + SCALE_FLOOR
+    def scale(self, params: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+        """The scale as a number on the device of `params`, filled there: no copy from the host. At least float32."""
+        if self.raw is not None:
+            return F.softplus(self.raw) + SCALE_FLOOR
+        return torch.full((), self.fixed, dtype=torch.promote_types(params.dtype, torch.float32), device=params.device)
 
     def mean(self, params: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The location itself."""
@@ -48,25 +52,25 @@ class _Scaled(nn.Module):
 class Normal(_Scaled):
     """Normal(params, scale^2) over each element, summed over the event."""
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the event, in nats."""
-        return log_likelihood.normal(x, params, self.scale.to(params))
+        return log_likelihood(x, params, self.scale(params), family="normal", row=row)
 
 
 class Laplace(_Scaled):
     """Laplace(params, scale) over each element, summed over the event."""
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the event, in nats."""
-        return log_likelihood.laplace(x, params, self.scale.to(params))
+        return log_likelihood(x, params, self.scale(params), family="laplace", row=row)
 
 
 class Bernoulli(nn.Module):
     """Bernoulli over each element from logits; x in [0, 1]."""
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the event, in nats."""
-        return log_likelihood.bernoulli(x, params)
+        return log_likelihood(x, params, family="bernoulli", row=row)
 
     def mean(self, params: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Probabilities."""
@@ -80,9 +84,9 @@ class Categorical(nn.Module):
         super().__init__()
         self.padding = padding
 
-    def log_prob(self, x: Int[Tensor, "P T"], params: Float[Tensor, "K P T V"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Int[Tensor, "X T"], params: Float[Tensor, "K P T V"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the positions that hold a token, in nats."""
-        return token_log_prob(x, params, self.padding)
+        return token_log_prob(x, params, self.padding, row=row)
 
     def mean(self, params: Float[Tensor, "*rows T V"]) -> Int[Tensor, "*rows T"]:
         """The most probable token at each position (a mode: tokens have no mean); padding is never chosen."""
@@ -94,9 +98,9 @@ class Categorical(nn.Module):
 class Poisson(nn.Module):
     """Counts of rate softplus(params)."""
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the event, in nats."""
-        return log_likelihood.poisson(x, self.mean(params))
+        return log_likelihood(x, self.mean(params), family="poisson", row=row)
 
     def mean(self, params: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The rate."""
@@ -110,9 +114,9 @@ class NegativeBinomial(nn.Module):
         super().__init__()
         self.raw = nn.Parameter(torch.full(event, math.log(math.expm1(1.0))))
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], params: Float[Tensor, "K P *event"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], params: Float[Tensor, "K P *event"], row: Rows = None) -> Float[Tensor, "K P"]:
         """Sum over the event, in nats."""
-        return log_likelihood.negative_binomial(x, self.mean(params), F.softplus(self.raw) + SCALE_FLOOR)
+        return log_likelihood(x, self.mean(params), F.softplus(self.raw) + SCALE_FLOOR, family="negative_binomial", row=row)
 
     def mean(self, params: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The mean count."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from meme_dist.distributions import DiagNormal, Diagonal, wide
-from meme_dist.likelihoods import Likelihood
+from meme_dist.likelihoods import Likelihood, Rows
 
 SCALE_FLOOR = 1e-3  # of posterior scales; the released code clamps at the same value (MNIST) or 1e-4 (SVHN)
 
@@ -51,10 +51,10 @@ class Modality(nn.Module):
             raise ValueError(f"encoder: expected {2 * self.latent_dim} outputs (mean and raw scale), got {2 * mean.shape[-1]}")
         return self.family(mean, F.softplus(raw) + SCALE_FLOOR)
 
-    def log_prob(self, x: Shaped[Tensor, "P *event"], z: Float[Tensor, "K P D"]) -> Float[Tensor, "K P"]:
+    def log_prob(self, x: Shaped[Tensor, "X *event"], z: Float[Tensor, "K P D"], row: Rows = None) -> Float[Tensor, "K P"]:
         """weight * log p(x | z), float32, summed over the event."""
         params = wide(self.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
-        return self.weight * self.likelihood.log_prob(x, params)
+        return self.weight * self.likelihood.log_prob(x, params, row)
 
     def reconstruct(self, z: Float[Tensor, "*rows D"]) -> Shaped[Tensor, "*rows_event"]:
         """The likelihood's mean (for tokens: the most probable ones)."""
