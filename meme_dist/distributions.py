@@ -5,6 +5,7 @@ samples and rows in an objective.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from meme_dist.noise import Noise
 from meme_kernels import cross_log_prob as _cross
-from meme_kernels import log_likelihood
 from meme_kernels import mixture_log_prob as _mixture
 from meme_kernels import pairwise_w2 as _w2
 from meme_kernels import product_of_experts as _product
+from meme_kernels.log_likelihood import log_likelihood
+from meme_kernels.meme_bound import Drawn, meme_bound, resample
+from meme_kernels.pair_divergence import pair_divergence as _pair_divergence
 from meme_kernels.token_log_prob import token_log_prob
 
 
@@ -34,6 +37,8 @@ class Posterior(Protocol):
 
 class DiagNormal(NamedTuple):
     """Independent Normals: prod_d N(z_d; mean_d, scale_d^2)."""
+
+    family = "normal"  # its name in the kernels
 
     mean: Float[Tensor, "*rows D"]
     scale: Float[Tensor, "*rows D"]
@@ -55,11 +60,11 @@ class DiagNormal(NamedTuple):
 
     def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
         """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
-        return _cross.cross_log_prob(z, self.mean, self.scale, _cross.normal)
+        return _cross.table(z, self.mean, self.scale, "normal")
 
     def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
         """log of the even mixture of these M components [M, D] at each z."""
-        return _mixture.normal(z, self.mean, self.scale)
+        return _mixture.mixture_log_prob(z, self.mean, self.scale)
 
     def kl(self, other: "DiagNormal") -> Float[Tensor, "*rows"]:
         """KL(self || other) = sum_d log(s2/s1) + (s1^2 + (m1 - m2)^2) / (2 s2^2) - 1/2, in nats."""
@@ -70,6 +75,8 @@ class DiagNormal(NamedTuple):
 
 class DiagLaplace(NamedTuple):
     """Independent Laplaces: prod_d exp(-|z_d - mean_d| / scale_d) / (2 scale_d)."""
+
+    family = "laplace"
 
     mean: Float[Tensor, "*rows D"]
     scale: Float[Tensor, "*rows D"]
@@ -91,11 +98,11 @@ class DiagLaplace(NamedTuple):
 
     def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
         """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
-        return _cross.cross_log_prob(z, self.mean, self.scale, _cross.laplace)
+        return _cross.table(z, self.mean, self.scale, "laplace")
 
     def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
         """log of the even mixture of these M components [M, D] at each z."""
-        return _mixture.laplace(z, self.mean, self.scale)
+        return _mixture.mixture_log_prob(z, self.mean, self.scale, family="laplace")
 
     def kl(self, other: "DiagLaplace") -> Float[Tensor, "*rows"]:
         """KL(self || other) = sum_d log(s2/s1) + (s1 exp(-|m1 - m2| / s1) + |m1 - m2|) / s2 - 1, in nats."""
@@ -169,6 +176,22 @@ def divergence(q: Diagonal, p: Diagonal) -> Float[Tensor, "*rows"]:
     raise ValueError(f"a closed-form KL needs one family, got {type(q).__name__} and {type(p).__name__}; use log_ratio='sampled'")
 
 
+def sample_table(
+    q: Diagonal, observed: Bool[Tensor, "N B"], noise: Noise, purposes: Sequence[str], num: int
+) -> tuple[Float[Tensor, "N {num} B D"], Float[Tensor, "N N {num} B"]]:
+    """Samples z[i, k, b] of the stacked posteriors [N, B, D], and every sample under every posterior: Q[i, j, k, b] = log q_j(z[i, k, b]).
+
+    0 where row b does not hold i, or not both; the noise is that of `reparameterise` with these purposes, one a posterior.
+    """
+    counter = _cross.Counter(noise.draw, noise.keys(purposes), num)
+    return _cross.cross_log_prob(q.mean, q.scale, observed, counter, family=q.family)
+
+
+def pair_divergence(q: Diagonal, observed: Bool[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+    """KL(q_i || q_j) in nats where row b holds i and j alone, 0 elsewhere; q stacked [N, B, D]."""
+    return _pair_divergence(q.mean, q.scale, observed, family=q.family)
+
+
 def mixture_of(table: Float[Tensor, "N *rows"], present: Bool[Tensor, "N *mask"]) -> Float[Tensor, "*rows"]:
     """log of the even mixture over the present entries of a table of log densities; 0 where none is present.
 
@@ -187,7 +210,7 @@ def product(experts: Diagonal, mask: Bool[Tensor, "S N B"], *, standard: bool = 
     """
     if not isinstance(experts, DiagNormal):
         raise ValueError(f"a product of experts needs Normal posteriors, got {type(experts).__name__}; use combination='mixture'")
-    return DiagNormal(*_product.product_of_experts(experts.mean, experts.scale, mask, standard))
+    return DiagNormal(*_product.product_of_experts(experts.mean, experts.scale, mask, standard=standard))
 
 
 def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -205,13 +228,18 @@ __all__ = [
     "DiagLaplace",
     "DiagNormal",
     "Diagonal",
+    "Drawn",
     "Mixture",
     "Posterior",
     "divergence",
     "log_likelihood",
+    "meme_bound",
     "mixture_of",
+    "pair_divergence",
     "pairwise_w2",
     "product",
+    "resample",
+    "sample_table",
     "token_log_prob",
     "wide",
 ]

@@ -46,23 +46,27 @@ def _targets(
     cross_ptr, density_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, q_i, q_j, q_k, decoded, K, B,
     N: tl.constexpr, MIXTURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Whether rows hold source i, and how many others then; t: the sum of A[i, j] over these targets; the log-sum-exp of their Q[i, j]."""
+    """Whether rows hold source i, and how many others then; t: the sum of A[i, j] over these targets; for a mixture Q[i, i], and the
+    log-sum-exp of the targets' Q[i, j]."""
     here = tl.load(observed_ptr + i * B + b, mask=inside, other=0) != 0
     others = tl.zeros(b.shape, tl.int32)
     t = tl.zeros((k.shape[0], b.shape[0]), ACC)
     top = tl.full((k.shape[0], b.shape[0]), float("-inf"), ACC)
     total = tl.zeros((k.shape[0], b.shape[0]), ACC)
+    density = total
     for j in tl.static_range(N):
         target = here & (i != j) & (tl.load(observed_ptr + j * B + b, mask=inside, other=0) != 0)
         others += target.to(tl.int32)
         t += tl.where(target[None, :], _tile(cross_ptr + j * a_j, i, k, b, a_i, a_k, decoded, B, ACC), 0.0)
         if MIXTURE:
-            q = tl.where(target[None, :], _tile(density_ptr + j * q_j, i, k, b, q_i, q_k, K, B, ACC), float("-inf"))
+            q = _tile(density_ptr + j * q_j, i, k, b, q_i, q_k, K, B, ACC)
+            density = tl.where(i == j, q, density)
+            q = tl.where(target[None, :], q, float("-inf"))
             new = tl.maximum(top, q)
             safe = tl.where(new == float("-inf"), 0.0, new)
             total = total * exp(top - safe) + exp(q - safe)
             top = new
-    return here, others, t, tl.where(others > 0, top, 0.0) + tl.log(tl.where(total > 0, total, 1.0))
+    return here, others, t, density, tl.where(others > 0, top, 0.0) + tl.log(tl.where(total > 0, total, 1.0))
 
 
 @jit
@@ -83,7 +87,7 @@ def _source(
 ):  # fmt: skip
     """What both passes need of source i: presence, t, p and their log sum, the mixture, v, own, ratio, closed form, exactness."""
     decoded = K * 0 + 1 if ESTIMATOR == 2 else K
-    here, others, t, mixed = _targets(
+    here, others, t, density, mixed = _targets(
         cross_ptr, density_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, q_i, q_j, q_k, decoded, K, B,
         N, prior_ptr is None, ACC,
     )  # fmt: skip
@@ -97,7 +101,9 @@ def _source(
     else:
         weight = tl.where((k == 0)[:, None], share * K, 0.0) if ESTIMATOR == 1 else share
     weight = tl.where((k < K)[:, None], weight, 0.0)
-    ratio = tl.where(valid, -_tile(density_ptr + i * q_j, i, k, b, q_i, q_k, K, B, ACC), 0.0)
+    if prior_ptr is not None:
+        density = _tile(density_ptr + i * q_j, i, k, b, q_i, q_k, K, B, ACC)
+    ratio = tl.where(valid, -density, 0.0)
     if prior_ptr is not None:
         ratio += tl.where(valid & paired[None, :], _tile(prior_ptr, i, k, b, K * B, B, K, B, ACC), 0.0)
     else:
@@ -224,7 +230,7 @@ def _draw_kernel(
     b = (program % blocks) * BB + tl.arange(0, BB)
     K, B = K + i * 0, B + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
-    _, _, t, _ = _targets(cross_ptr, cross_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, 0, 0, 0, K, K, B, N, False, ACC)
+    _, _, t, _, _ = _targets(cross_ptr, cross_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, 0, 0, 0, K, K, B, N, False, ACC)
     share, log_sum = _softmax(t, k, K)
     edges = tl.cumsum(share, 0)
     uniform = tl.load(uniform_ptr + i * B + b, mask=inside, other=0.5).to(ACC)

@@ -20,8 +20,8 @@ of v is stopped unless `stop_gradient` is False (eq. 7):
     d objective / d t[l] gains  F[l] v[l] - p[l] sum_k F[k] v[k],  F = A_ii - t + ratio.
 
 The bound at c = 1 is a metric whatever is optimised. Everything is masked by selection: an absent entry reaches neither value nor gradient.
-Forward reads 2 N^2 K B + N K B numbers (resampled: N^2 K B + N^2 B) and writes 6 N B; backward reads them again and writes as many: one
-launch each, one program for a source and a block of rows, every sum in one order.
+Forward reads 2 N^2 K B + N K B numbers (resampled: N^2 K B + N^2 B) and writes 6 N B; backward reads them again (Q twice, the second time
+from the cache) and writes as many: one launch each, one program for a source and a block of rows, every sum in one order.
 """
 
 import math
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from meme_kernels._meme_bound import Tables, backward, draw, forward
-from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, through_reference, uses_triton
+from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, sums_dtype, through_reference, uses_triton
 
 Estimator = Literal["released", "rao_blackwell", "resampled"]
 ESTIMATORS = ("rao_blackwell", "released", "resampled")
@@ -112,6 +112,9 @@ def reference(
     stop_gradient: bool = True,
 ) -> Bound:
     """The specification, in plain PyTorch."""
+    wide = sums_dtype(own, cross, density)
+    own, cross, density = own.to(wide), cross.to(wide), density.to(wide)
+    prior, alone, closed = (None if x is None else x.to(wide) for x in (prior, alone, closed))
     held = observed.sum(0)
     others = (held - 1).where(observed, torch.zeros_like(held))  # |T|, [N, B]
     t, samples = _targets(cross, observed), density.shape[1 + 1]

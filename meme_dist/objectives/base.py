@@ -93,7 +93,7 @@ def _column(modality: Modality, packed: Packed, flat: Tensor, j: int, rows: int,
     own_target = torch.arange(len(packed.data), device=place.device)
     source = torch.cat(([packed.source] if cross else []) + ([place] if own else []))
     target = torch.cat(([packed.target] if cross else []) + ([own_target] if own else []))
-    log_prob = modality.log_prob(packed.data[target], flat[:, source])
+    log_prob = modality.log_prob(packed.data, flat[:, source], target)
     return log_prob.new_zeros(flat.shape[:2]).index_copy(1, source, log_prob)
 
 
@@ -102,11 +102,3 @@ def pairs(observed: Bool[Tensor, "B N"]) -> Bool[Tensor, "N N B"]:
     columns = observed.T
     both = columns[:, None] & columns[None]
     return both & ~torch.eye(len(columns), dtype=torch.bool, device=observed.device)[..., None]
-
-
-def masked_sums(
-    values: Float[Tensor, "*kinds B"], mask: Bool[Tensor, "*kinds B"]
-) -> tuple[Float[Tensor, "*kinds"], Float[Tensor, "*kinds"]]:
-    """Detached sums and counts over the rows where the mask holds, row axis last."""
-    chosen = torch.where(mask, values.detach(), torch.zeros_like(values))
-    return chosen.sum(-1), mask.sum(-1).to(values.dtype)

@@ -15,7 +15,6 @@ t = log(w/K) + logsumexp t and use Jensen), so it never exceeds the evidence for
 proportional to p(x_i|z) p(z|x_T) p(x_T|z). That value is reported as `bound` whatever is optimised.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, cast
 
@@ -23,16 +22,30 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, divergence, mixture_of, product
+from meme_dist.distributions import (
+    Components,
+    Diagonal,
+    Drawn,
+    Mixture,
+    Posterior,
+    divergence,
+    meme_bound,
+    mixture_of,
+    pair_divergence,
+    product,
+    resample,
+    sample_table,
+)
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, by_place, masked_sums, pairs, reconstruction_table
+from meme_dist.objectives.base import Objective, by_place, pairs, reconstruction_table
 from meme_dist.priors import PseudoInputs, join
 from meme_dist.types import Batch, Loss, Sums
 
 Estimator = Literal["released", "rao_blackwell", "resampled"]
 Combination = Literal["mixture", "product", "product_with_standard"]
 LogRatio = Literal["closed_form", "sampled"]
+KINDS = ("bound", "reconstruction", "kl", "cross", "ess")  # as the kernel's metrics, with the log-ratio's sign turned
 
 
 class MEME(Objective):
@@ -93,35 +106,32 @@ class MEME(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """-(sum over rows and observed i of L_i / |observed|), with each modality's terms as means over the rows that hold it."""
-        noise = Noise(batch.seed, batch.draw)
-        q = self.posteriors(batch)
-        z = torch.stack([_member(q, i).reparameterise(noise, name, self.samples) for i, name in enumerate(batch.modalities)])
-        both = pairs(batch.observed)
-        ratio = self._log_ratio(batch, q, z, both)
-        estimate = {"released": self._released, "rao_blackwell": self._rao_blackwell, "resampled": self._resampled}[self.estimator]
-        direction = estimate(batch, z, ratio, both)
-        closed = self._closed_log_ratio(q, both)
-        log_ratio = direction.log_ratio
-        if closed is not None:
-            log_ratio = torch.where(closed.exact, direction.weight * closed.value, log_ratio)
-        objective = direction.fit + log_ratio + self.cross_weight * direction.marginal
-        bound = direction.fit + direction.log_ratio + direction.marginal
-        total = _row_mean(objective, batch.observed).sum()
-        return Loss(self._touch(batch) - total, self._terms(batch, direction, log_ratio, bound, both))
+        q, observed = self.posteriors(batch), batch.observed.T
+        z, density = sample_table(q, observed, Noise(batch.seed, batch.draw), list(batch.modalities), self.samples)
+        decode = {"released": self._released, "rao_blackwell": self._rao_blackwell, "resampled": self._resampled}[self.estimator]
+        own, cross, drawn = decode(batch, z)
+        bound = meme_bound(
+            own,
+            cross,
+            density,
+            observed,
+            estimator=self.estimator,
+            cross_weight=self.cross_weight,
+            stop_gradient=self.stop_gradient,
+            drawn=drawn,
+            alone=self._pseudo_log_prob(batch, z) if batch.single else None,
+            **self._conditional_prior(q, z, batch.observed),
+        )
+        return Loss(self._touch(batch) - bound.objective.sum(), self._terms(batch, bound.metrics))
 
-    def _log_ratio(self, batch: Batch, q: Diagonal, z: Float[Tensor, "N K B D"], both: Tensor) -> Float[Tensor, "N K B"]:
-        """log p(z[i, k] | x_T) - log q_i(z[i, k]); with T empty the pseudo-input prior takes the place of the conditional one."""
-        if self.combination == "mixture":
-            table = q.cross_log_prob(z)
-            own = table.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-            prior = mixture_of(table.transpose(0, 1), both.transpose(0, 1).unsqueeze(2))
-        else:
-            own = _member(q, slice(None), None).log_prob(z)
-            prior = _member(self._product(q, both), slice(None), None).log_prob(z)
-        if batch.single:
-            alone = (batch.observed.T & ~both.any(1)).unsqueeze(1)
-            prior = torch.where(alone, self._pseudo_log_prob(batch, z), prior)
-        return prior - own
+    def _conditional_prior(self, q: Diagonal, z: Float[Tensor, "N K B D"], observed: Bool[Tensor, "B N"]) -> dict[str, Tensor | None]:
+        """What the bound needs of p(z | x_T) beside the table: a product's log density, and -KL where it has a closed form."""
+        sampled = self.log_ratio == "sampled"
+        if self.combination == "mixture":  # with one target the prior is one expert, with several it has no closed form
+            return {"prior": None, "closed": None if sampled else -pair_divergence(q, observed.T)}
+        prior = product(q, pairs(observed), standard=self.combination == "product_with_standard")
+        density = type(prior)(prior.mean.unsqueeze(1), prior.scale.unsqueeze(1)).log_prob(z)
+        return {"prior": density, "closed": None if sampled else -divergence(q, prior)}
 
     def _pseudo_log_prob(self, batch: Batch, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N K B"]:
         """log p_lambda(z[i, k, b]) where row b holds i alone, 0 elsewhere: only those rows are worked on."""
@@ -135,15 +145,6 @@ class MEME(Objective):
         placed = prior.new_zeros(flat.shape[:2]).index_copy(1, batch.alone, prior)
         return placed[:, :-1].view(samples, sources, rows).transpose(0, 1)
 
-    def _closed_log_ratio(self, q: Diagonal, both: Bool[Tensor, "N N B"]) -> "_Closed | None":
-        """-KL(q_i || p(z | x_T)) and where it has a closed form: T is one expert, or the combination is a product."""
-        if self.log_ratio == "sampled":
-            return None
-        if self.combination == "mixture":
-            kl = torch.stack([divergence(q, _member(q, slice(j, j + 1))) for j in range(len(both))], 1)  # [i, j, b]
-            return _Closed(-torch.where(both, kl, torch.zeros_like(kl)).sum(1), both.sum(1) == 1)
-        return _Closed(-divergence(q, self._product(q, both)), both.any(1))
-
     def _pseudo(self, name: str) -> PseudoInputs:
         return cast(PseudoInputs, self.pseudo[name])
 
@@ -151,101 +152,47 @@ class MEME(Objective):
     def _by_name(self) -> dict[str, Modality]:
         return {name: self.modality(name) for name in self.modalities}
 
-    def _product(self, q: Diagonal, mask: Bool[Tensor, "S N B"]) -> Diagonal:
-        return product(q, mask, standard=self.combination == "product_with_standard")
-
-    def _rao_blackwell(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
+    def _rao_blackwell(self, batch: Batch, z: Tensor) -> "_Decoded":
         table = reconstruction_table(self._by_name, batch, z)
-        own, cross = _split(table, both)
-        weight = cross.softmax(1)
-        weight = weight.detach() if self.stop_gradient else weight
-        fit, log_ratio = (weight * (own - cross)).sum(1), (weight * ratio).sum(1)
-        return _Direction(fit, log_ratio, torch.ones_like(fit), _log_mean_exp(cross), (weight * own).sum(1), _ess(cross))
+        return _Decoded(_own(table), table)
 
-    def _released(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
-        cross = _split(reconstruction_table(self._by_name, batch, z, own=False), both)[1]
-        own = _split(reconstruction_table(self._by_name, batch, z[:, :1], cross=False), both)[0][:, 0]
-        weight = self.samples * cross.softmax(1)[:, 0]
-        weight = weight.detach() if self.stop_gradient else weight
-        fit = weight * (own - cross[:, 0])
-        return _Direction(fit, weight * ratio[:, 0], weight, _log_mean_exp(cross), own, _ess(cross))
+    def _released(self, batch: Batch, z: Tensor) -> "_Decoded":
+        cross = reconstruction_table(self._by_name, batch, z, own=False)
+        return _Decoded(_own(reconstruction_table(self._by_name, batch, z[:, :1], cross=False)), cross)
 
-    def _resampled(self, batch: Batch, z: Tensor, ratio: Tensor, both: Tensor) -> "_Direction":
+    def _resampled(self, batch: Batch, z: Tensor) -> "_Decoded":
         with torch.no_grad():
-            cross = _split(reconstruction_table(self._by_name, batch, z, own=False), both)[1]
-        chosen = self._resample(batch, cross)  # [N, 1, B]
-        z = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1]))
-        own, fresh = (x[:, 0] for x in _split(reconstruction_table(self._by_name, batch, z), both))
-        picked = ratio.gather(1, chosen)[:, 0]
-        log_ratio = torch.where(both.any(1), picked, ratio.mean(1))
-        marginal = fresh + (_log_mean_exp(cross) - cross.gather(1, chosen)[:, 0])  # value log q(x_T|x_i), gradient that of t[k]
-        return _Direction(own - fresh, log_ratio, torch.ones_like(own), marginal, own, _ess(cross))
-
-    def _resample(self, batch: Batch, cross: Float[Tensor, "N K B"]) -> Tensor:
-        """One index k ~ softmax_k t[i, k] for each source and row, [N, 1, B]."""
+            cross = reconstruction_table(self._by_name, batch, z, own=False)
         noise = Noise(batch.seed, batch.draw)
-        uniform = torch.stack([noise.uniform(f"{name}/resample", 1, 1)[..., 0] for name in batch.modalities])
-        edges = cross.softmax(1).cumsum(1)
-        return (uniform * edges[:, -1:] > edges).sum(1, keepdim=True).clamp(max=cross.shape[1] - 1)
+        uniform = torch.stack([noise.uniform(f"{name}/resample", 1, 1)[0, :, 0] for name in batch.modalities])
+        drawn = resample(cross, batch.observed.T, uniform)
+        chosen = drawn.index[:, None, :, None].expand(-1, -1, -1, z.shape[-1])
+        table = reconstruction_table(self._by_name, batch, z.gather(1, chosen))
+        return _Decoded(_own(table), table, drawn)
 
     def _touch(self, batch: Batch) -> Tensor:
         """Zero, with a (zero) gradient for pseudo-inputs and their scales when no row can need them: every parameter takes part."""
         idle = [] if batch.single else [self._pseudo(name).inputs for name in self.pseudo]
         return sum((0.0 * p.sum() for p in idle), start=torch.zeros((), device=batch.observed.device))
 
-    def _terms(self, batch: Batch, direction: "_Direction", log_ratio: Tensor, bound: Tensor, both: Tensor) -> Mapping[str, Sums]:
-        observed, paired = batch.observed.T, both.any(1)
-        held = batch.observed.any(1)
-        terms = {"bound": Sums(*masked_sums(_row_mean(bound, batch.observed), held))}
-        kinds = {
-            "bound": (bound, observed),
-            "reconstruction": (direction.own, observed),
-            "kl": (-log_ratio, observed),
-            "cross": (direction.marginal, paired),
-            "ess": (direction.ess, paired),
-        }
-        for kind, (values, mask) in kinds.items():
-            total, count = masked_sums(values, mask)
-            terms |= {f"{kind}/{name}": Sums(total[i], count[i]) for i, name in enumerate(batch.modalities)}
+    def _terms(self, batch: Batch, metrics: Float[Tensor, "kinds N B"]) -> Mapping[str, Sums]:
+        held = batch.observed.sum(1)
+        observed = batch.observed.T
+        counts = [mask.sum(1).to(metrics.dtype) for mask in (observed, observed & (held > 1))]
+        totals = metrics.sum(-1)
+        terms = {"bound": Sums((metrics[0].sum(0) / held.clamp(min=1)).sum(), (held > 0).sum().to(metrics.dtype))}
+        for kind, total, sign, count in zip(KINDS, totals, (1, 1, -1, 1, 1), [counts[0]] * 3 + [counts[1]] * 2, strict=True):
+            terms |= {f"{kind}/{name}": Sums(sign * total[i], count[i]) for i, name in enumerate(batch.modalities)}
         return terms
 
 
-class _Closed(NamedTuple):
-    value: Float[Tensor, "N B"]
-    exact: Bool[Tensor, "N B"]
+class _Decoded(NamedTuple):
+    """What an estimator decodes: A[i, i], A (its diagonal unread), and what it drew."""
+
+    own: Float[Tensor, "N K B"]
+    cross: Float[Tensor, "N N K B"]
+    drawn: Drawn | None = None
 
 
-class _Direction(NamedTuple):
-    """One estimator's parts of every L_i: L = fit + log-ratio + c * marginal."""
-
-    fit: Float[Tensor, "N B"]  # E_w[A_ii - t]
-    log_ratio: Float[Tensor, "N B"]  # E_w[log p(z|x_T) - log q_i(z)], sampled
-    weight: Float[Tensor, "N B"]  # what multiplies a closed-form log-ratio
-    marginal: Float[Tensor, "N B"]  # log q(x_T | x_i)
-    own: Float[Tensor, "N B"]
-    ess: Float[Tensor, "N B"]
-
-
-def _member(q: Diagonal, *index) -> Diagonal:
-    return type(q)(q.mean[index], q.scale[index])
-
-
-def _split(table: Float[Tensor, "N N K B"], both: Bool[Tensor, "N N B"]) -> tuple[Float[Tensor, "N K B"], Float[Tensor, "N K B"]]:
-    """A[i, i] and t[i] = sum of A[i, j] over the targets."""
-    own = table.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-    return own, torch.where(both.unsqueeze(2), table, torch.zeros_like(table)).sum(1)
-
-
-def _log_mean_exp(cross: Float[Tensor, "N K B"]) -> Float[Tensor, "N B"]:
-    return torch.logsumexp(cross, 1) - math.log(cross.shape[1])
-
-
-def _ess(cross: Float[Tensor, "N K B"]) -> Float[Tensor, "N B"]:
-    """Effective sample size 1 / sum_k (w_k / K)^2, between 1 and K."""
-    return cross.detach().softmax(1).square().sum(1).reciprocal()
-
-
-def _row_mean(values: Float[Tensor, "N B"], observed: Bool[Tensor, "B N"]) -> Float[Tensor, " B"]:
-    """Mean over the modalities that the row holds; 0 for a row that holds none."""
-    chosen = torch.where(observed.T, values, torch.zeros_like(values))
-    return chosen.sum(0) / observed.sum(1).clamp(min=1)
+def _own(table: Float[Tensor, "N N K B"]) -> Float[Tensor, "N K B"]:
+    return table.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
