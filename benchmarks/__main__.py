@@ -2,7 +2,9 @@
 
 import tyro
 
-from benchmarks import estimators, step
+from benchmarks import estimators, kernels, step
+
+MAINS = {"kernels": kernels.main, "step": step.main, "estimators": estimators.main}
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"step": step.main, "estimators": estimators.main}, prog="python -m benchmarks")
+    tyro.extras.subcommand_cli_from_dict(MAINS, prog="python -m benchmarks")

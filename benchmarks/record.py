@@ -1,7 +1,9 @@
 """What every figure comes with: machine, versions, commit; and how a time is taken."""
 
+import importlib.metadata
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +18,32 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Device, threads, versions and commit."""
-    return {
+    """Device, threads, versions and commit; with a GPU its driver and clocks too."""
+    head, changed, _ = commit().partition("+")
+    here = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit()[:12] or "unknown",
+        "commit": head[:12] + changed or "unknown",
     }
+    return here | _accelerator() if torch.cuda.is_available() else here
+
+
+def _accelerator() -> dict[str, Any]:
+    """Versions that a GPU's figures depend on, and its clocks now, as far as the system tells them."""
+    found: dict[str, Any] = {"cuda": torch.version.cuda or torch.version.hip}
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found["triton"] = None
+    fields = ("driver_version", "clocks.sm", "clocks.mem")
+    try:
+        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return found | dict(zip(("driver", "sm_clock", "memory_clock"), map(str.strip, told.split(",")), strict=False))
 
 
 def keep(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -1,10 +1,14 @@
 """What `make gpu` runs: GPU tests, benchmarks and a short training, with this interpreter's own packages and nothing installed.
 
-Each part that this machine or this tree does not have is skipped with a line that says so; a part that fails makes the exit status 1.
+The most valuable parts come first, each under its own time limit, one after another and nothing beside them; the whole ends within nine
+minutes. A part that this machine or this tree does not have is skipped with a line that says so; a part that fails or does not end in time
+makes the exit status 1. Results go to benchmarks/results and, where the variable OUT names a folder, into OUT/results.tar.gz too.
 """
 
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ["accelerate", "matplotlib", "rich", "safetensors", "sklearn", "tyro", "webdataset"]
-TESTS = ["tests/gpu", "tests/kernels", "tests/objectives", "tests/test_distributions.py", "tests/test_noise.py"]
+MATHS = ["tests/gpu", "tests/objectives", "tests/test_distributions.py", "tests/test_noise.py"]
+# Seconds of each part: their sum stays under the nine minutes.
+LIMITS = {"kernel tests": 130, "kernels": 250, "step": 35, "stream": 30, "training": 40, "tests": 45}
+STOPPING = 10  # more seconds for a part that was told to stop: pytest still says what failed
 
 
 def missing(*modules: str) -> list[str]:
@@ -21,13 +28,27 @@ def missing(*modules: str) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
-def run(title: str, *command: str) -> bool:
-    """Run one part in the repository's root and say how it ended."""
+def run(title: str, *command: str, limit: float | None = None) -> bool:
+    """Run one part in the repository's root, interrupt it when its time is up, and say how it ended."""
     print(f"== {title}: {' '.join(command)}", flush=True)
-    start = time.monotonic()
-    status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-    print(f"== {title}: {'passed' if status == 0 else f'FAILED with status {status}'} in {time.monotonic() - start:.0f} s", flush=True)
-    return status == 0
+    start, limit = time.monotonic(), LIMITS[title] if limit is None else limit
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    late = False
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        late = True
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOPPING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    ended = "passed" if process.returncode == 0 else f"FAILED with status {process.returncode}"
+    ended = f"STOPPED, not ended within {limit:.0f} s" if late else ended
+    print(f"== {title}: {ended} in {time.monotonic() - start:.0f} s", flush=True)
+    carry_out()
+    return not late and process.returncode == 0
 
 
 def skip(title: str, why: str) -> bool:
@@ -36,19 +57,28 @@ def skip(title: str, why: str) -> bool:
     return True
 
 
-def tests() -> bool:
-    """The GPU tests, and the tests of the mathematics on this interpreter's versions."""
+def carry_out() -> None:
+    """Leave all results so far in the folder that OUT names, where it does."""
+    results = ROOT / "benchmarks" / "results"
+    if os.environ.get("OUT") and results.is_dir():
+        shutil.make_archive(str(Path(os.environ["OUT"]) / "results"), "gztar", results)
+
+
+def tests(title: str, names: list[str]) -> bool:
+    """Tests that run on the GPU, or that prove the mathematics on this interpreter's versions; several at a time where pytest can."""
     if absent := missing("pytest", "jaxtyping", "hypothesis"):
-        return skip("tests", f"this interpreter has no {', '.join(absent)}")
-    found = [name for name in TESTS if (ROOT / name).exists()]
-    return run("tests", "-m", "pytest", "-q", "-p", "no:cacheprovider", *found)
+        return skip(title, f"this interpreter has no {', '.join(absent)}")
+    if not (found := [name for name in names if (ROOT / name).exists()]):
+        return skip(title, f"the tree has no {', '.join(names)}")
+    spread = [] if missing("xdist") else ["-n", "8", "--dist", "worksteal"]
+    return run(title, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *found)
 
 
-def benchmarks() -> bool:
-    """One training step of each estimator beside the released one; the module itself, since its command line needs tyro."""
-    if not (ROOT / "benchmarks" / "step.py").is_file():
-        return skip("benchmarks", "the tree has no benchmarks/step.py")
-    return run("benchmarks", "-c", "from benchmarks.step import main; main()")
+def benchmark(title: str, keywords: str = "") -> bool:
+    """One benchmark; the module itself, since the command line needs tyro."""
+    if not (ROOT / "benchmarks" / f"{title}.py").is_file():
+        return skip(title, f"the tree has no benchmarks/{title}.py")
+    return run(title, "-c", f"from benchmarks.{title} import main; main({keywords})")
 
 
 def training() -> bool:
@@ -65,11 +95,22 @@ def main() -> int:
     import torch
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    os.environ["PYTHONUNBUFFERED"] = "1"
     if not torch.cuda.is_available():
         skip("everything", f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
         return 0
     print(f"== {torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    return 0 if all([tests(), benchmarks(), training()]) else 1
+    # No further case is begun some time before the limit, so that the last one ends and the table and the plots are written.
+    kernels = f"sizes=('large', 'paper', 'small', 'sweep'), limit={LIMITS['kernels'] - 40}"
+    parts = [
+        tests("kernel tests", ["tests/kernels"]),
+        benchmark("kernels", kernels),
+        benchmark("step"),
+        benchmark("stream"),
+        training(),
+        tests("tests", MATHS),
+    ]
+    return 0 if all(parts) else 1
 
 
 if __name__ == "__main__":
