@@ -6,7 +6,7 @@ samples and rows in an objective.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,8 +37,6 @@ class Posterior(Protocol):
 
 class DiagNormal(NamedTuple):
     """Independent Normals: prod_d N(z_d; mean_d, scale_d^2)."""
-
-    family = "normal"  # its name in the kernels
 
     mean: Float[Tensor, "*rows D"]
     scale: Float[Tensor, "*rows D"]
@@ -75,8 +73,6 @@ class DiagNormal(NamedTuple):
 
 class DiagLaplace(NamedTuple):
     """Independent Laplaces: prod_d exp(-|z_d - mean_d| / scale_d) / (2 scale_d)."""
-
-    family = "laplace"
 
     mean: Float[Tensor, "*rows D"]
     scale: Float[Tensor, "*rows D"]
@@ -184,12 +180,17 @@ def sample_table(
     0 where row b does not hold i, or not both; the noise is that of `reparameterise` with these purposes, one a posterior.
     """
     counter = _cross.Counter(noise.draw, noise.keys(purposes), num)
-    return _cross.cross_log_prob(q.mean, q.scale, observed, counter, family=q.family)
+    return _cross.cross_log_prob(q.mean, q.scale, observed, counter, family=_family(q))
+
+
+def _family(q: Diagonal) -> Literal["normal", "laplace"]:
+    """Its name in the kernels."""
+    return "laplace" if isinstance(q, DiagLaplace) else "normal"
 
 
 def pair_divergence(q: Diagonal, observed: Bool[Tensor, "N B"]) -> Float[Tensor, "N B"]:
     """KL(q_i || q_j) in nats where row b holds i and j alone, 0 elsewhere; q stacked [N, B, D]."""
-    return _pair_divergence(q.mean, q.scale, observed, family=q.family)
+    return _pair_divergence(q.mean, q.scale, observed, family=_family(q))
 
 
 def mixture_of(table: Float[Tensor, "N *rows"], present: Bool[Tensor, "N *mask"]) -> Float[Tensor, "*rows"]:

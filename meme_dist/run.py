@@ -210,7 +210,10 @@ class Watch:
         self.classifiers = {} if cache is None else self._in_turn(cache)
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss and, with labels, cross coherence on the first rows of the validation split (the test split without one); logged, and the best step's weights kept."""
+        """Held-out loss and, with labels, cross coherence on the first rows of the validation split (without one, of the test split).
+
+        They are logged, and the best step's weights kept.
+        """
         manifest, trainer = self.prepared.manifest, self.trainer
         metrics: list[Metric] = [held_out_loss]
         if self.classifiers:

@@ -79,7 +79,8 @@ class MEME(Objective):
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if estimator == "resampled" and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
-        self.samples, self.estimator, self.cross_weight = samples, estimator, cross_weight
+        self.samples, self.cross_weight = samples, cross_weight
+        self.estimator: Estimator = estimator
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
         self.pseudo = torch.nn.ModuleDict({name: PseudoInputs(pseudo_inputs, m.feature) for name, m in modalities.items()})
 

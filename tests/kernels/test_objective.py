@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from meme_dist.distributions import DiagLaplace, DiagNormal
 from meme_dist.likelihoods import Bernoulli, Normal
@@ -31,9 +32,10 @@ def batch(device: torch.device) -> Batch:
     """Seven rows, one for each non-empty pattern of three modalities."""
     observed = torch.tensor([[bool(row >> i & 1) for i in range(3)] for row in range(1, 8)])
     generator = torch.Generator().manual_seed(0)
-    data = {n: torch.rand(int(observed[:, i].sum()), size, generator=generator) for i, (n, size) in enumerate({"a": 5, "b": 3, "c": 4}.items())}
+    sizes = {"a": 5, "b": 3, "c": 4}
+    data = {n: torch.rand(int(observed[:, i].sum()), size, generator=generator) for i, (n, size) in enumerate(sizes.items())}
     made = pack(data, observed.numpy(), draw=torch.arange(7).numpy() + (5 << 32), seed=(3 << 32) + 1, single=True)
-    return torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, made)
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, made)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(str(getattr(x, "__name__", x)) for x in s.values()))
