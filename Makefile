@@ -8,11 +8,16 @@ PY     ?= python3
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo test check format gpu clean
+# The oldest and the newest Triton that the kernels are tested with, besides the one in constraints.txt; 3.6 needs an older NumPy.
+OLDEST  = $(VENV)/triton-3.6.0
+NEWEST  = $(VENV)/triton-3.9.0
+
+.PHONY: help install demo test test-triton check format gpu clean
 
 help:
 	@echo "make demo     train on handwritten digits with 30 % of the entries missing, evaluate, draw (minutes on 2 cores)"
-	@echo "make test     the whole test suite"
+	@echo "make test     the whole test suite, then the kernels again under Triton's interpreter"
+	@echo "make test-triton  the kernels under the oldest and the newest Triton's interpreter"
 	@echo "make check    format, lint, types, import contracts"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make gpu      GPU tests, benchmarks and a short training with PY=$(PY) as it is (nothing is installed)"
@@ -27,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,triton]"
 	touch $@
 
 demo: $(STAMP)
@@ -35,6 +40,23 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2 -q
+
+# The sanitizer's own tests, and values and gradients of every case in two types. 3.6 converts arrays in a way that NumPy deprecates.
+test-triton: $(OLDEST)/.installed $(NEWEST)/.installed
+	for folder in $(OLDEST) $(NEWEST); do \
+	    PYTHONPATH=$$folder TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q -W "ignore:Conversion of an array:DeprecationWarning" \
+	        tests/kernels/test_sanitizer.py tests/kernels/test_catalogue.py \
+	        -k "sanitizer or (test_value_and_gradients and (float32 or bfloat16))" || exit 1; \
+	done
+
+$(OLDEST)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0 "numpy<2.4"
+	touch $@
+
+$(NEWEST)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST) triton==3.9.0
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

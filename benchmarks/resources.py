@@ -129,10 +129,9 @@ def _spilled(kernel: Any) -> int:
 
 def _read_amd(code: str) -> dict[str, int]:
     instructions = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)\b", code, re.MULTILINE)
-    vector, scalar = (int(_first(rf"\.{kind}_spill_count:\s+(\d+)", code)) for kind in ("vgpr", "sgpr"))
     return {
         "registers": int(_first(r"\.vgpr_count:\s+(\d+)", code)),
-        "spilled": 4 * (vector + scalar),
+        "spilled": 4 * int(_first(r"\.vgpr_spill_count:\s+(\d+)", code)),  # scalar registers move to vector lanes, not to memory
         "shared": int(_first(r"\.group_segment_fixed_size:\s+(\d+)", code)),
         **_widths(instructions, load="(?:global|buffer)_load_", store="(?:global|buffer)_store_", wide=".*dwordx4"),
         "instructions": sum(name.startswith(("s_", "v_", "global_", "buffer_", "ds_", "flat_", "scratch_")) for name in instructions),

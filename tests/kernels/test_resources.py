@@ -1,0 +1,56 @@
+"""What kernels cost, compiled ahead of time for GPUs that are not here: nothing spills, registers stay in budget, the table holds.
+
+A process that interprets kernels cannot compile them, so these run in the plain lane.
+"""
+
+from typing import Any
+
+import pytest
+
+from meme_kernels._triton import ABSENT, INTERPRETED
+
+if ABSENT:
+    pytest.skip(f"Triton cannot be imported: {ABSENT}", allow_module_level=True)
+if INTERPRETED:
+    pytest.skip("a process with TRITON_INTERPRET=1 cannot compile", allow_module_level=True)
+
+import triton
+
+from benchmarks.resources import committed, ops, rows
+from meme_kernels._op import FusedOp
+
+REGISTERS = 128  # of 255: two programs of four warps on every quarter of an SM's register file
+ABOVE = {  # (op, kernel) -> its own budget, where more registers were worth it
+    ("cross_log_prob", "forward_kernel"): 180,  # all N posteriors stay in registers: parameters are read once
+    ("cross_log_prob", "backward_kernel"): 220,
+    ("mixture_log_prob", "component_gradient_kernel"): 168,  # a patch of 4 x 8 a thread: fewer loads for each multiplication
+}
+
+each_op = pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+_compiled: dict[str, list[dict[str, Any]]] = {}
+
+
+def compiled(op: FusedOp) -> list[dict[str, Any]]:
+    """The op's rows, compiled once a process."""
+    if op.name not in _compiled:
+        _compiled[op.name] = rows(op)
+    return _compiled[op.name]
+
+
+@each_op
+def test_no_kernel_spills(op: FusedOp) -> None:
+    assert not [row for row in compiled(op) if row["spilled"]]
+
+
+@each_op
+def test_every_kernel_stays_within_its_registers(op: FusedOp) -> None:
+    assert not [row for row in compiled(op) if row["registers"] > min(255, ABOVE.get((op.name, row["kernel"]), REGISTERS))]
+
+
+@each_op
+def test_the_committed_table_is_what_the_compiler_gives(op: FusedOp) -> None:
+    table = committed()
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"the table is Triton {table['triton']}'s, this is {triton.__version__}")
+    mine = [row for row in table["rows"] if row["op"] == op.name]
+    assert mine == compiled(op), "kernels changed: look at the difference, then `python -m benchmarks.resources --write`"
