@@ -186,7 +186,9 @@ class _Watch:
     def create_masked_load(self, builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
         self.report.launches[-1].loads.append(self._access("load", pointers, mask))
         cut = not mask.data.all()
-        self.report.launches[-1].without_other += other is None and cut
+        # Of one number, `other=0.0` is false to Triton's own `if other`, so it gets here as none at all.
+        silent = other is None and pointers.data.size > 1
+        self.report.launches[-1].without_other += silent and cut
         kind = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(kind)
         if self.virtual:  # ones stand for what memory would hold
@@ -194,7 +196,7 @@ class _Watch:
             off = _poison(dtype, kind) if other is None else other.data.view(dtype)
             return interpreter.TensorHandle(np.where(np.broadcast_to(mask.data, shape), np.ones((), dtype), off), kind)
         loaded = self.real_load(builder, pointers, mask, other, *rest)
-        if other is None and cut:
+        if silent and cut:
             off = ~np.broadcast_to(mask.data.astype(bool), loaded.data.shape)
             loaded = interpreter.TensorHandle(np.where(off, _poison(dtype, kind), loaded.data), kind)
         return loaded
