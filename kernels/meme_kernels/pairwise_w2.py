@@ -119,7 +119,7 @@ def _gradient_kernel(g_ptr, a_ptr, b_ptr, out_ptr, S, T, E, BS: tl.constexpr, BE
 
 
 def _fake_distance(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(len(a), len(b), dtype=sums_dtype(a, b))
+    return a.new_empty(a.shape[0], b.shape[0], dtype=sums_dtype(a, b))  # len() would fix the size for torch.compile
 
 
 @opaque(_fake_distance)
