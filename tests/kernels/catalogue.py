@@ -64,13 +64,23 @@ def every_case(test: Callable[..., Any]) -> Callable[..., Any]:
     return pytest.mark.parametrize("pair", [pytest.param(pair, id=name) for pair, name, _ in _ALL])(test)
 
 
-def smallest_cases(count: int) -> Callable[..., Any]:
-    """Run a test for each op's smallest cases whose axes differ, as `pair`: for laws that call an op many times."""
+def smallest_cases(count: int, *, stopped: bool = True) -> Callable[..., Any]:
+    """Run a test for each op's smallest cases whose axes differ, as `pair`: for laws that call an op many times.
+
+    Without `stopped`, only cases whose gradient is that of their value: none of it is stopped on purpose.
+    """
     chosen = []
     for op in OPS:
         mine = [(size, name, pair) for pair, name, size in _ALL if pair.op is op and _telling(pair.case())]
+        mine = [entry for entry in mine if stopped or not _stops(entry[2].case())]
         chosen += [pytest.param(pair, id=name) for _, name, pair in sorted(mine, key=lambda entry: entry[0])[:count]]
     return pytest.mark.parametrize("pair", chosen)
+
+
+def _stops(case: Case) -> bool:
+    """A gradient is stopped by the op's own definition, so difference quotients are not the gradient."""
+    weights = case.settings.get("estimator") in ("released", "rao_blackwell")
+    return case.settings.get("path_gradient", False) or case.settings.get("stop_gradient", weights)
 
 
 def _telling(case: Case) -> bool:

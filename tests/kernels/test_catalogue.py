@@ -84,14 +84,14 @@ def test_repeated_calls_agree_bit_for_bit(pair: Pair) -> None:
 # ---- what autograd may ask for ------------------------------------------------------------------------------------------------------
 
 
-@smallest_cases(2)
+@smallest_cases(2, stopped=False)
 def test_gradients_pass_gradcheck_in_float64(pair: Pair) -> None:
     function, inputs = _finite(pair, pair.op.call)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 @runs_the_reference
-@smallest_cases(3)
+@smallest_cases(3, stopped=False)
 def test_second_derivatives_of_the_reference_pass_gradgradcheck_in_float64(pair: Pair) -> None:
     function, inputs = _finite(pair, pair.op.reference)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
