@@ -34,14 +34,14 @@ class _Scaled(nn.Module):
         super().__init__()
         if not scale > SCALE_FLOOR:
             raise ValueError(f"scale: expected more than {SCALE_FLOOR}, got {scale}")
-        raw = torch.tensor(math.log(math.expm1(scale - SCALE_FLOOR)))
+        raw = torch.tensor([math.log(math.expm1(scale - SCALE_FLOOR))])  # one entry: a tensor without a dimension cannot be sharded
         self.raw = nn.Parameter(raw) if learned else None
         self.fixed = scale
 
     def scale(self, params: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """The scale as a number on the device of `params`, filled there: no copy from the host. At least float32."""
         if self.raw is not None:
-            return F.softplus(self.raw) + SCALE_FLOOR
+            return F.softplus(self.raw[0]) + SCALE_FLOOR
         return torch.full((), self.fixed, dtype=torch.promote_types(params.dtype, torch.float32), device=params.device)
 
     def mean(self, params: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

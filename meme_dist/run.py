@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -121,14 +121,14 @@ def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Con
         console.print(f"{prepared.folder}: {name}, {described(prepared.manifest)}", soft_wrap=True)
     if where.resume is not None and not trainer.resume() and trainer.is_main:
         console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
-    watch = Watch(objective, prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
+    watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
     training = prepared.recipe.training
     for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
         last = report.step == training.steps
         if last or report.step % training.evaluate_every == 0:
             watch.evaluate()
         if last or report.step % training.save_every == 0:
-            trainer.save()
+            trainer.save(wait=False)
     if where.evaluate:
         watch.measure()
     trainer.close()
@@ -204,8 +204,8 @@ def described(manifest: Manifest) -> str:
 class Watch:
     """Evaluations of a training: short ones on the way, for the log and to know the best step, and the full one at its end."""
 
-    def __init__(self, objective: Objective, prepared: Prepared, trainer: Trainer, cache: Path | None, *, console: Console):
-        self.objective, self.prepared, self.trainer, self.console = objective, prepared, trainer, console
+    def __init__(self, prepared: Prepared, trainer: Trainer, cache: Path | None, *, console: Console):
+        self.prepared, self.trainer, self.console = prepared, trainer, console
         self.place = Place(trainer.rank, trainer.world, trainer.reduce)
         self.classifiers = {} if cache is None else self._in_turn(cache)
 
@@ -220,18 +220,18 @@ class Watch:
             metrics.append(cross_coherence(self.classifiers, source_sets(list(manifest.fields))))
         batches = evaluation(manifest, manifest.watched, self.place, seed=self.prepared.recipe.training.seed)
         most = -(-PROGRESS_ROWS // (EVALUATION_ROWS * trainer.world))
-        with trainer.averaged():
-            found = values(evaluate(self.objective, itertools.islice(batches, most), metrics, reduce=trainer.reduce))
+        with trainer.averaged() as module:
+            found = values(evaluate(cast(Objective, module), itertools.islice(batches, most), metrics, reduce=trainer.reduce))
         trainer.log(found)
-        trainer.save_best(-found["held_out/loss"])
+        trainer.save_best(-found["held_out/loss"], wait=False)
         return found
 
     def measure(self) -> None:
         """Everything, at the end: results.json, figures, report, and the table on the screen."""
         prepared, trainer = self.prepared, self.trainer
-        with trainer.averaged():
+        with trainer.averaged() as module:
             assess(
-                self.objective,
+                cast(Objective, module),
                 prepared.recipe,
                 prepared.manifest,
                 prepared.folder,

@@ -5,6 +5,7 @@ answer. Ranks leave by `os._exit`: destructors of DDP and gloo hung in 2 to 3 % 
 """
 
 import functools
+import importlib.util
 import multiprocessing
 import os
 import queue
@@ -19,7 +20,17 @@ from typing import Any
 
 TIMEOUT = 60.0  # seconds, for a whole run
 GRACE = 2.0  # seconds, for the other ranks once one has failed
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "accelerate", "tests.trainings", "meme_dist.train.trainer"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "accelerate",
+    "tests.trainings",
+    "meme_dist.train.trainer",
+]
+if importlib.util.find_spec("deepspeed"):  # the second of these imports torch's compiler: seconds for each rank otherwise
+    PRELOAD += ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "meme_dist.train.engines.zero"]
 _ALIVE: list[Any] = []  # DDP models, kept from their destructors
 
 

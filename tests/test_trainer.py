@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from meme_dist.train.checkpoint import optimizer_state, read
+from meme_dist.train.checkpoint import read
 from meme_dist.train.ema import decay_at
 from meme_dist.train.trainer import Report, Trainer, Training
 from meme_dist.train.training import learning_rate, trajectory
@@ -37,8 +37,8 @@ def trainer_on(sharded: Path, folder: Path | None = None, **settings: Any) -> Tr
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Everything that a training is made of: weights, average, optimiser."""
     assert trainer._average is not None
-    parts = {"": trainer.objective.state_dict(), "ema/": trainer._average.state_dict()}
-    parts["optimizer/"] = optimizer_state(trainer.optimizer, trainer.objective)
+    parts = {"": trainer.objective.state_dict(), "ema/": trainer._average.parts}
+    parts |= {f"optimizer/{name}/": trainer.engine.moments(name) for name in trainer.engine.names()}
     return {prefix + name: tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()}
 
 
@@ -85,7 +85,7 @@ def test_four_micro_batches_of_8_give_the_update_of_one_of_32_to_1e_6() -> None:
         rows = Rows("abc", mixed("abc", 32), batch_size=32, accumulate=accumulate)
         trainer = Trainer(objective, rows, Training(steps=1, batch_size=32, accumulate=accumulate))
         list(trainer)
-        moments = {name: trainer.optimizer.state[p]["exp_avg"] for name, p in objective.named_parameters()}
+        moments = {name: trainer.engine.optimizer.state[p]["exp_avg"] for name, p in objective.named_parameters()}
         updates.append((moments, {name: p.detach() - before[name] for name, p in objective.named_parameters()}))
     (gradient, update), (split_gradient, split_update) = updates
     for name, expected in gradient.items():
@@ -135,7 +135,7 @@ def test_bf16_runs_the_networks_in_bf16_the_densities_in_float32_and_trains_with
         linear = trainer.objective.modalities["x0"].decoder[0]
         linear.register_forward_hook(lambda _, __, output, precision=precision: seen.__setitem__(precision, output.dtype))
         losses[precision] = [report.loss for report in trainer]
-        loss = trainer._wrapped(next(iter(stream(sharded, batch_size=16)))[0])
+        loss = trainer.engine.wrapped(next(iter(stream(sharded, batch_size=16)))[0])
         assert loss.total.dtype == torch.float32 and all(sums.total.dtype == torch.float32 for sums in loss.terms.values())
         assert {p.dtype for p in trainer.objective.parameters()} == {torch.float32}
     assert seen == {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -1,13 +1,17 @@
 """Checkpoints: folders of safetensors files and one state.json with their checksums, replaced atomically. No pickle anywhere.
 
-`last` is replaced in three steps: all of the new one is written and fsync'ed as `last.partial`; `last` becomes `last.previous`;
-`last.partial` becomes `last`. Whenever the process dies, `last` or `last.previous` is whole, and `locate` finds it.
+`last` is replaced in three steps: all of the new one is written and fsync'ed as `last.TOKEN.partial`; `last` becomes `last-00000500`, after
+its step; `last.TOKEN.partial` becomes `last`. Whenever the process dies, one of them is whole, and `locate` finds it.
+
+A file of a stem ("model", "optimizer", ...) holds whole tensors, whichever engine trained them; where several ranks write, each has a file
+of its own (`model-00002-of-00004.safetensors`). So a checkpoint of any number of ranks and any engine is one for any other.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +20,6 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 FORMAT = 1
 STATE = "state.json"
@@ -37,29 +40,93 @@ class Checkpoint(NamedTuple):
 # ---- files ------------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
+def write(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
     """Replace the checkpoint in `folder`, or create it. Until the new one is whole and on the disk, the old one stays.
 
-    Raises OSError with the folder, the bytes needed and the bytes free where the disk is full; the old checkpoint is then untouched.
-    Raises ValueError, and touches nothing, where the folder holds something else than a checkpoint.
+    Of those replaced, the newest `keep` - 1 stay beside it. Raises OSError with the folder, the bytes needed and the bytes free where the
+    disk is full; the old checkpoint is then untouched. Raises ValueError, and touches nothing, where the folder holds something else.
+    """
+    partial = begin(folder, "0")
+    try:
+        sums = write_tensors(partial, checkpoint.tensors)
+        commit(folder, partial, {**checkpoint.state, "sha256": sums}, keep=keep)
+    except OSError as error:
+        abandon(partial)
+        raise explained(error, folder, size_of(checkpoint.tensors)) from error
+
+
+def begin(folder: Path, token: str) -> Path:
+    """The empty folder in which a new checkpoint for `folder` is made; what an earlier process left unfinished there is removed.
+
+    Raises ValueError, and touches nothing, where `folder` holds something else than a checkpoint.
     """
     folder = Path(folder)
     locate(folder)
-    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write_files(partial, checkpoint)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno not in NO_SPACE:
-            raise
-        raise OSError(error.errno, _no_space(folder, checkpoint)) from error
-    if folder.exists():  # else `previous`, where there is one, is the only checkpoint: it stays until the new one has its name
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(folder, previous)
+    for stale in folder.parent.glob(f"{folder.name}.*partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = _beside(folder, f"{token}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def write_tensors(partial: Path, tensors: Mapping[str, Tensors], share: str = "") -> dict[str, str]:
+    """Write and fsync one file a stem, `share` in its name ("-00002-of-00004"); returns each file's sha256."""
+    return {f"{stem}{share}.safetensors": _write_file(partial / f"{stem}{share}.safetensors", _packed(t)) for stem, t in tensors.items()}
+
+
+def commit(folder: Path, partial: Path, state: Mapping[str, Any], *, keep: int) -> None:
+    """Make the finished folder `partial` the checkpoint `folder`: its state is written last, then it takes the name."""
+    state = {**state, "format": FORMAT}
+    _write_file(partial / STATE, json.dumps({**state, "digest": _digest_of(state)}, indent=1).encode())
+    _sync_folder(partial)
+    if folder.exists():  # else an older one, where there is one, is the only checkpoint: it stays until the new one has its name
+        old = folder.with_name(f"{folder.name}-{_step_in(folder):08d}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
     os.rename(partial, folder)
     _sync_folder(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    for place, old in enumerate(older(folder)):
+        if place >= keep - 1 or _number(old, folder) >= int(state.get("step", 0)):  # a step that a run went back from is none to resume at
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def abandon(partial: Path) -> None:
+    """Give back the space of a checkpoint that could not be finished."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def size_of(tensors: Mapping[str, Tensors]) -> int:
+    """Bytes of all tensors."""
+    return sum(t.numel() * t.element_size() for entries in tensors.values() for t in entries.values())
+
+
+def explained(error: OSError, folder: Path, needed: int) -> OSError:
+    """The error itself, or where the disk is full one that says how much is needed and how much is free."""
+    if error.errno not in NO_SPACE:
+        return error
+    free = shutil.disk_usage(folder.parent).free
+    return OSError(
+        error.errno,
+        f"{folder}: no space left: this checkpoint needs {needed:,} bytes, {free:,} are free there; the checkpoint before it is intact. "
+        "Free some space, or move the run to another disk, and resume",
+    )
+
+
+def older(folder: Path) -> list[Path]:
+    """The checkpoints that `folder` replaced and that are still there, newest first."""
+    found = [path for path in folder.parent.glob(f"{folder.name}-*") if re.fullmatch(r"\d{8,}", path.name[len(folder.name) + 1 :])]
+    return sorted(found, key=lambda path: _number(path, folder), reverse=True)
+
+
+def _number(old: Path, folder: Path) -> int:
+    return int(old.name[len(folder.name) + 1 :])
+
+
+def _step_in(folder: Path) -> int:
+    try:
+        return int(read_state(folder).get("step", 0))
+    except ValueError:  # damaged: kept as the oldest, and never taken for a good one
+        return 0
 
 
 def read(folder: Path, *, only: Iterable[str] | None = None) -> Checkpoint:
@@ -78,8 +145,31 @@ def read(folder: Path, *, only: Iterable[str] | None = None) -> Checkpoint:
 def _read(folder: Path, only: Iterable[str] | None) -> Checkpoint:
     found = _found(folder)
     state = read_state(found)
-    stems = [Path(name).stem for name in state["sha256"]] if only is None else only
-    return Checkpoint({stem: _read_tensors(found, f"{stem}.safetensors", state["sha256"]) for stem in stems}, state)
+    stems = list(dict.fromkeys(map(_stem, state["sha256"]))) if only is None else only
+    return Checkpoint({stem: _read_stem(found, stem, state["sha256"]) for stem in stems}, state)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint and compare it with its checksums; returns its state. Raises ValueError as `read` does."""
+    state = read_state(folder)
+    for name in state["sha256"]:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(_missing(path, state["sha256"]))
+        with path.open("rb") as file:
+            came = hashlib.file_digest(file, "sha256").hexdigest()
+        if came != state["sha256"][name]:
+            raise ValueError(_altered(path, came, path.stat().st_size, state["sha256"][name]))
+    return state
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", name)
+
+
+def _read_stem(folder: Path, stem: str, sums: Mapping[str, str]) -> dict[str, Tensor]:
+    names = [name for name in sums if _stem(name) == stem] or [f"{stem}.safetensors"]
+    return {key: tensor for name in names for key, tensor in _read_tensors(folder, name, sums).items()}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -98,7 +188,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def locate(folder: Path) -> Path | None:
-    """The whole checkpoint that stands for `folder`: itself, or the one that a killed replacement left beside it; None without any.
+    """The checkpoint that stands for `folder`: itself, or the newest that it replaced where it was killed meanwhile; None without any.
 
     Raises ValueError where the folder holds something, but no checkpoint.
     """
@@ -107,8 +197,7 @@ def locate(folder: Path) -> Path | None:
         return folder
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not a whole checkpoint ({STATE} is missing); nothing was touched. Restore it, or move it away")
-    previous = _beside(folder, "previous")
-    return previous if (previous / STATE).is_file() else None
+    return next((path for path in older(folder) if (path / STATE).is_file()), None)
 
 
 def _found(folder: Path) -> Path:
@@ -120,15 +209,6 @@ def _found(folder: Path) -> Path:
 
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
-
-
-def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
-    folder.mkdir(parents=True)
-    sums = {f"{stem}.safetensors": _write_file(folder / f"{stem}.safetensors", _packed(t)) for stem, t in checkpoint.tensors.items()}
-    state = {**checkpoint.state, "format": FORMAT, "sha256": sums}
-    text = json.dumps({**state, "digest": _digest_of(state)}, indent=1)
-    _write_file(folder / STATE, text.encode())
-    _sync_folder(folder)
 
 
 def _packed(tensors: Tensors) -> bytes:
@@ -154,24 +234,23 @@ def _sync_folder(folder: Path) -> None:
 def _read_tensors(folder: Path, name: str, sums: Mapping[str, str]) -> dict[str, Tensor]:
     path = folder / name
     if name not in sums or not path.is_file():
-        raise ValueError(f"{path}: this file of the checkpoint is missing; it holds {sorted(sums)}")
+        raise ValueError(_missing(path, sums))
     content = path.read_bytes()
     if (came := hashlib.sha256(content).hexdigest()) != sums[name]:
-        raise ValueError(f"{path}: cut or altered: sha256 {came[:12]} of {len(content)} bytes, {STATE} says {sums[name][:12]}")
+        raise ValueError(_altered(path, came, len(content), sums[name]))
     return safetensors.torch.load(content)
+
+
+def _missing(path: Path, sums: Mapping[str, str]) -> str:
+    return f"{path}: this file of the checkpoint is missing; it holds {sorted(sums)}"
+
+
+def _altered(path: Path, came: str, size: int, expected: str) -> str:
+    return f"{path}: cut or altered: sha256 {came[:12]} of {size} bytes, {STATE} says {expected[:12]}"
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _no_space(folder: Path, checkpoint: Checkpoint) -> str:
-    needed = sum(t.numel() * t.element_size() for tensors in checkpoint.tensors.values() for t in tensors.values())
-    free = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder}: no space left: this checkpoint needs {needed:,} bytes, {free:,} are free there; the checkpoint before it is intact. "
-        "Free some space, or move the run to another disk, and resume"
-    )
 
 
 # ---- what is in them --------------------------------------------------------------------------------------------------------------
@@ -182,7 +261,7 @@ def load_weights(module: nn.Module, folder: Path, *, averaged: bool = True) -> i
 
     Raises ValueError listing the first differences where the checkpoint is another model's.
     """
-    stem = "ema" if averaged and "ema.safetensors" in read_state(_found(folder))["sha256"] else "model"
+    stem = "ema" if averaged and "ema" in map(_stem, read_state(_found(folder))["sha256"]) else "model"
     checkpoint = read(folder, only=[stem])
     check_tensors(checkpoint.tensors[stem], module.state_dict(), Path(folder) / f"{stem}.safetensors")
     module.load_state_dict(dict(checkpoint.tensors[stem]))
@@ -214,26 +293,6 @@ def check_settings(came: Mapping[str, Any], expected: Mapping[str, Any], where: 
     if names:
         changes = [f"{name}: {came.get(name, absent)} in the checkpoint, {expected.get(name, absent)} now" for name in names]
         raise ValueError(f"{where}: cannot resume into changed settings, {_listed(changes)}. Give the old values, or start a new run")
-
-
-def optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state as tensors by parameter name: "modalities.a.weight/exp_avg"."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    return {f"{names[id(p)]}/{key}": value for p, entry in optimizer.state.items() for key, value in entry.items()}
-
-
-def load_optimizer(optimizer: Optimizer, module: nn.Module, state: Tensors, where: Path) -> None:
-    """Fill an optimiser from what `optimizer_state` gave; raises ValueError where it belongs to other parameters."""
-    entries: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        parameter, _, key = name.rpartition("/")
-        entries.setdefault(parameter, {})[key] = tensor
-    names = {id(p): name for name, p in module.named_parameters()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if entries and set(entries) != set(order):
-        raise ValueError(f"{where}: optimiser state of other parameters, {_listed(sorted(set(entries) ^ set(order)))}")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: entries[name] for i, name in enumerate(order) if entries}, "param_groups": groups})
 
 
 def _described(tensor: Tensor) -> str:

@@ -1,10 +1,11 @@
 """What happens when a loss or a gradient is NaN or infinite: nothing is updated, and the error names the modality to look at."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from meme_dist.train.engines.base import Engine
 from meme_dist.types import Batch, Loss
 
 PLACES = ("data", "weights", "loss terms", "gradient")  # from cause to consequence: the first that is not finite is to blame
@@ -22,7 +23,7 @@ class NonFiniteError(ValueError):
 
 
 def diagnose(
-    module: nn.Module,
+    engine: Engine,
     batches: Sequence[Batch],
     losses: Sequence[Loss],
     *,
@@ -36,7 +37,7 @@ def diagnose(
     Modalities whose data are not finite are named first; else those with such weights, then such loss terms, then such gradients.
     """
     names = list(batches[0].modalities)
-    found = (_bad_data(batches), _bad_weights(module, names), _bad_terms(losses, names), _bad_gradients(module, names))
+    found = (_bad_data(batches), _bad_weights(engine, names), _bad_terms(losses, names), _bad_gradients(engine, names))
     device = losses[0].total.device
     flags = torch.tensor([[name in place for name in names] for place in found], dtype=torch.float32, device=device)
     table = gather(flags) > 0  # [world, place, modality]
@@ -56,12 +57,12 @@ def _bad_data(batches: Sequence[Batch]) -> set[str]:
     return {name for name, data in packed if not bool(data.isfinite().all())}
 
 
-def _bad_weights(module: nn.Module, names: Sequence[str]) -> set[str]:
-    return {name for name, p in _owned(module, names) if not bool(p.isfinite().all())}
+def _bad_weights(engine: Engine, names: Sequence[str]) -> set[str]:
+    return _owners((name for name in engine.names() if not bool(engine.part(name).isfinite().all())), names)
 
 
-def _bad_gradients(module: nn.Module, names: Sequence[str]) -> set[str]:
-    return {name for name, p in _owned(module, names) if p.grad is not None and not bool(p.grad.isfinite().all())}
+def _bad_gradients(engine: Engine, names: Sequence[str]) -> set[str]:
+    return _owners((name for name, finite in engine.gradients() if not finite), names)
 
 
 def _bad_terms(losses: Sequence[Loss], names: Sequence[str]) -> set[str]:
@@ -74,9 +75,6 @@ def _bad_terms(losses: Sequence[Loss], names: Sequence[str]) -> set[str]:
     return (own or {part for _, name in bad for part in name.split(">")}) & set(names)
 
 
-def _owned(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters with the modality that they belong to, which stands in their name: "modalities.photo.encoder.0.weight"."""
-    for path, parameter in module.named_parameters():
-        owner = next((part for part in path.split(".")[1:] if part in names), None)
-        if owner is not None:
-            yield owner, parameter
+def _owners(paths: Iterable[str], names: Sequence[str]) -> set[str]:
+    """The modalities that parameters belong to, which stand in their names: "modalities.photo.encoder.0.weight"."""
+    return {part for path in paths for part in path.split(".")[1:] if part in names}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,16 @@ class Log:
         with open(self._folder / FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(dict(values), step=step)
+
+    def note(self, step: int, text: str) -> None:
+        """Append a line of words, {"step": 50, "note": "skipped: ..."}, and say it on standard error (rank 0)."""
+        if self._folder is None:
+            return
+        if not self._open:
+            self._start(self._folder)
+        with open(self._folder / FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "note": text}) + "\n")
+        print(f"step {step}: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End TensorBoard's writer."""

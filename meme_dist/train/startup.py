@@ -9,9 +9,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from meme_dist.train.checkpoint import fingerprint
+from meme_dist.train.engines.base import Engine
+from meme_dist.train.engines.strategy import Strategy
 from meme_dist.train.training import Training
 
 
@@ -28,16 +32,6 @@ def check_world(accelerator: Accelerator, environment: Mapping[str, str] = os.en
         )
 
 
-def check_engine(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError for a launch configuration that asks for another engine than DDP: it would be passed over in silence."""
-    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1", "yes"):
-            raise ValueError(
-                f"the launch configuration asks for {engine} (ACCELERATE_USE_{engine}); expected data parallelism (DDP): "
-                "choose another configuration from launch/accelerate/"
-            )
-
-
 def check_batch(training: Training, world: int) -> None:
     """Raise ValueError unless the rows of a step divide evenly among ranks and micro batches."""
     parts = world * training.accumulate
@@ -48,13 +42,18 @@ def check_batch(training: Training, world: int) -> None:
         )
 
 
-def check_wrapped(accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Raise ValueError where several processes would train replicas that never exchange a gradient."""
-    if accelerator.num_processes > 1 and not isinstance(wrapped, DistributedDataParallel):
+def check_engine(strategy: Strategy, engine: Engine, world: int) -> None:
+    """Raise ValueError where the engine is not the one asked for, or where processes would train replicas that never meet."""
+    wrapped: Any = getattr(engine, "wrapped", None)
+    running = {
+        "ddp": isinstance(wrapped, DistributedDataParallel) or world == 1 and wrapped is engine.objective,
+        "fsdp2": isinstance(wrapped, FSDPModule) and all(isinstance(p, DTensor) for p in engine.objective.parameters()),
+    }
+    stage = getattr(engine, "stage", None)
+    if engine.name != strategy.name or not running.get(strategy.name, stage == strategy.stage):
         raise ValueError(
-            f"{accelerator.num_processes} processes, engine {accelerator.distributed_type}: expected the objective in "
-            f"DistributedDataParallel, got {type(wrapped).__name__}; its replicas would drift apart. Choose a launch configuration of "
-            "data-parallel kind (launch/accelerate/)"
+            f"{world} processes: expected the engine {strategy.name}, as the launch configuration says, got {engine.name} around "
+            f"{type(wrapped).__name__}; its replicas would drift apart. Choose a configuration from launch/accelerate/"
         )
 
 

@@ -1,9 +1,10 @@
-"""The training loop: one optimiser step at a time, run alone or under `accelerate launch`."""
+"""The training loop: one optimiser step at a time, run alone or under `accelerate launch`, on whichever engine the launcher asked for."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -12,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
 from meme_dist.train import checkpoint, randomness, startup
 from meme_dist.train.ema import Average
+from meme_dist.train.engines.build import build
+from meme_dist.train.engines.strategy import hidden, requested
 from meme_dist.train.guard import NonFiniteError, diagnose
+from meme_dist.train.keeper import Keeper
 from meme_dist.train.log import TRACKER, Log
 from meme_dist.train.training import Training, learning_rate, trajectory
 from meme_dist.types import Batch, Loss
@@ -52,14 +56,16 @@ class Report(NamedTuple):
 class Trainer:
     """Adam on an objective, fed by a stream. Iterating is training: each item is the report of one optimiser step, until `training.steps`.
 
-    The update is that of (sum of the loss over all rows of the step) / batch_size, for any number of ranks and micro batches. Every rank
-    runs the same lines; rank 0 writes. `folder` gets metrics.jsonl, TensorBoard's files and checkpoints/ (None: nothing is written).
-    `configuration` is what else fixes the trajectory (a recipe's keywords): it must be equal on all ranks, and on resuming.
+    The update is that of (sum of the loss over all rows of the step) / batch_size, for any number of ranks and micro batches, on every
+    engine. Every rank runs the same lines; rank 0 writes the log. `folder` gets metrics.jsonl, TensorBoard's files and checkpoints/ (None:
+    nothing is written). `configuration` is what else fixes the trajectory (a recipe's keywords): it must be equal on all ranks, and on
+    resuming.
 
-    One number pair (loss, gradient norm) is read from the device each step, so that nothing is updated from a value that is not finite;
-    everything else is read on logged steps.
+    A few numbers (loss, gradient norm, whether to stop) are read from the device each step, so that nothing is updated from a value that is
+    not finite; everything else is read on logged steps.
 
-    Raises ValueError at the start where ranks disagree or the launch would train something else; NonFiniteError before a broken update.
+    Raises ValueError at the start where ranks disagree or the launch would train something else; NonFiniteError before a broken update,
+    once more steps than `training.skips` were broken and the run has gone back to a checkpoint `training.rollbacks` times.
     """
 
     def __init__(
@@ -74,22 +80,25 @@ class Trainer:
         self.objective, self.stream, self.training = objective, stream, training
         self.folder = None if folder is None else Path(folder)
         self.step = 0
+        self.passed = 0  # steps of the stream that gave no update: skipped, or gone back over
+        self.stopping = False  # all ranks agree: some were told to stop
         self.settings = trajectory(training, configuration)
-        startup.check_engine()
-        self.accelerator = _accelerator(training, self.folder)
+        strategy = requested()
+        self.accelerator = _accelerator(self.folder)
         startup.check_world(self.accelerator)
         startup.check_batch(training, self.accelerator.num_processes)
         objective.to(self.accelerator.device)
         startup.check_equal(self.accelerator, objective, self.settings)
         randomness.seed_everything(training.seed, self.rank)
-        decay = training.weight_decay
-        self.optimizer = torch.optim.AdamW(objective.parameters(), training.learning_rate, betas=training.betas, weight_decay=decay)
-        self._wrapped, self._prepared = self.accelerator.prepare(objective, self.optimizer)
-        startup.check_wrapped(self.accelerator, self._wrapped)
-        self._average = None if training.ema is None else Average(objective, training.ema)
+        self.engine = build(strategy, objective, training, self.accelerator)
+        startup.check_engine(strategy, self.engine, self.world)
+        self._average = None if training.ema is None else Average(self.engine, training.ema)
         self._averaging = False
+        self._keeper = Keeper(self.engine, rank=self.rank, world=self.world, token=self._token(), reduce=self.reduce)
         self._log = Log(self.folder, self.accelerator)
         self._logged = (0, time.perf_counter())  # step and time of the last log
+        self._skipped = self._gone_back = 0
+        self._asked_to_stop = False
 
     @property
     def rank(self) -> int:
@@ -114,71 +123,109 @@ class Trainer:
         """The tensors of all ranks [world, ...], on every rank; they have one shape. Collective."""
         return cast(Tensor, self.accelerator.gather(tensor.to(self.accelerator.device).unsqueeze(0)))
 
+    def request_stop(self) -> None:
+        """Ask all ranks to stop after the step that is under way (a signal's handler calls it); `stopping` tells that they did."""
+        self._asked_to_stop = True
+
     # ---- stepping -------------------------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Report]:
         if self.step >= self.training.steps:
             return
-        self.stream.step = self.step
+        self.stream.step = self.step + self.passed
         self._logged = (self.step, time.perf_counter())
-        for micro_batches in self.stream:
-            yield self._advance(micro_batches)
-            if self.step >= self.training.steps:
-                return
+        source = iter(self.stream)
+        while self.step < self.training.steps and not self.stopping:
+            with record_function("meme/data"):
+                micro_batches = next(source)
+            report = self._advance(micro_batches)
+            if report is not None:
+                yield report
 
-    def _advance(self, micro_batches: Sequence[Batch]) -> Report:
+    def _advance(self, micro_batches: Sequence[Batch]) -> Report | None:
+        """One step of the stream; None where it gave no update."""
         self._require_live_weights()
-        batches = [cast(Batch, send_to_device(batch, self.accelerator.device, non_blocking=True)) for batch in micro_batches]
+        with record_function("meme/copy"):
+            batches = [cast(Batch, send_to_device(batch, self.accelerator.device, non_blocking=True)) for batch in micro_batches]
         losses = self._backward(batches)
-        norm = get_total_norm([p.grad for p in self._trained() if p.grad is not None])
-        loss, norm_value = self._checked(batches, losses, norm)
-        rate = self._update(norm)
-        return self._report(losses, loss, norm_value, rate)
+        with record_function("meme/check"):
+            loss, norm = self._agree(losses)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._pass_over(self._diagnosis(batches, losses, loss, norm))
+            return None
+        with record_function("meme/update"):
+            rate, norm = self._update(norm)
+        return self._report(losses, loss, norm, rate)
 
     def _backward(self, batches: Sequence[Batch]) -> list[Loss]:
-        """Gradient of (sum over the rows of all ranks) / batch_size; DDP averages over ranks, hence the factor `world`."""
+        """Gradient of (sum over the rows of all ranks) / batch_size; engines average over ranks, hence the factor `world`."""
         scale = self.world / self.training.batch_size
         losses = []
-        self._wrapped.train()
-        self._prepared.zero_grad()  # here, not after the update: until the next step the gradient can be looked at
+        self.engine.begin()  # here, not after the update: until the next step the gradient can be looked at
         for position, batch in enumerate(batches, 1):
             last = position == len(batches)
-            with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
-                loss: Loss = self._wrapped(batch)
-                self.accelerator.backward(loss.total * scale)
+            with record_function("meme/forward"):
+                loss = self.engine.forward(batch, last=last)
+            with record_function("meme/backward"):
+                self.engine.backward(loss.total * scale, last=last)
             losses.append(loss._replace(total=loss.total.detach()))
-        return losses
-
-    def _checked(self, batches: Sequence[Batch], losses: Sequence[Loss], norm: Tensor) -> tuple[float, float]:
-        """Loss per row and gradient norm, read once; raises on all ranks before the update where one of them is not finite on any."""
-        total = torch.stack([loss.total for loss in losses]).sum() / self.training.batch_size
-        # NaN and infinity survive a sum over ranks, so that one reduction tells every rank.
-        loss, mean_norm = self.reduce(torch.stack([total, norm.to(total) / self.world])).tolist()
-        if math.isfinite(loss) and math.isfinite(mean_norm):
-            return loss, mean_norm
-        raise diagnose(self.objective, batches, losses, step=self.step + 1, total=loss, norm=mean_norm, gather=self.gather)
-
-    def _update(self, norm: Tensor) -> float:
-        rate = learning_rate(self.training, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.training.clip is not None:
-            clip_grads_with_norm_(self._trained(), self.training.clip, norm)
-        self._prepared.step()
-        self.step += 1
-        if self._average is not None:
-            self._average.update(self.step)
-        return rate
-
-    def _trained(self) -> list[nn.Parameter]:
-        """The trained parameters; raises ValueError for one without a gradient, which would leave other ranks waiting for ever."""
-        named = [(name, p) for name, p in self.objective.named_parameters() if p.requires_grad]
-        if idle := [name for name, p in named if p.grad is None]:
+        if idle := self.engine.idle():
             raise ValueError(
                 f"{', '.join(idle[:5])}: no part in the loss, so no gradient; every parameter must take part in every batch, with zero "
                 "weight if need be (or set requires_grad to False)"
             )
-        return [p for _, p in named]
+        return losses
+
+    def _agree(self, losses: Sequence[Loss]) -> tuple[float, float]:
+        """Loss per row and gradient norm of the step, the same on all ranks; one exchange, read once. Also whether to stop after it.
+
+        NaN and infinity survive a sum over ranks, so that one reduction tells every rank.
+        """
+        total = torch.stack([loss.total for loss in losses]).sum().double() / self.training.batch_size
+        squared = self.engine.squared_norm().to(total)
+        stop = torch.full_like(total, float(self._asked_to_stop))
+        loss, squared_norm, stops = self.reduce(torch.stack([total, squared, stop])).tolist()
+        self.stopping = stops > 0
+        return loss, math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+
+    def _update(self, norm: float) -> tuple[float, float]:
+        rate = learning_rate(self.training, self.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self.engine.update(norm, self.training.clip)
+        self.step += 1
+        if self._average is not None:
+            self._average.update(self.step)
+        return rate, norm
+
+    # ---- steps that give no update ----------------------------------------------------------------------------------------------------
+
+    def _diagnosis(self, batches: Sequence[Batch], losses: Sequence[Loss], loss: float, norm: float) -> NonFiniteError:
+        return diagnose(self.engine, batches, losses, step=self.step + 1, total=loss, norm=norm, gather=self.gather)
+
+    def _pass_over(self, error: NonFiniteError) -> None:
+        """Skip a broken step, or go back to the last checkpoint and go on behind it, within their budgets; else raise it."""
+        if self._skipped < self.training.skips:
+            self.engine.discard()
+            self._skipped, self.passed = self._skipped + 1, self.passed + 1
+            self._log.note(self.step, f"skipped: {error}")
+        elif not self._go_back(str(error)):
+            raise error
+
+    def _go_back(self, why: str) -> bool:
+        """Take weights, moments and averages from the last good checkpoint, and pass over the rows seen since; False if that is spent."""
+        if self.folder is None or self._gone_back >= self.training.rollbacks:
+            return False
+        found, _ = self._keeper.find(self._checkpoint_folder(None, "last"))
+        if found is None:
+            return False
+        self.engine.discard()
+        seen, gone_back, here = self.step + self.passed + 1, self._gone_back + 1, self.step
+        self._restore(found, checkpoint.read(found))
+        self.passed, self._gone_back, self._skipped = seen - self.step, gone_back, 0
+        self._log.rewind(self.step)
+        self._log.note(self.step, f"went back from step {here} to {self.step}: {why}")
+        return True
 
     # ---- telling --------------------------------------------------------------------------------------------------------------------
 
@@ -204,47 +251,50 @@ class Trainer:
         self._log.write(self.step, values)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the objective holds the weights to evaluate with: their moving average, if there is one. Collective.
+    def averaged(self) -> Iterator[nn.Module]:
+        """Gives a module with the weights to evaluate with: their moving average, if there is one. Collective.
 
-        Buffers (running statistics) become those of rank 0, as in a checkpoint. Training or saving meanwhile raises ValueError.
+        It is the objective itself, or where that is sharded a whole copy for the while. Buffers (running statistics) are those of rank 0,
+        as in a checkpoint. Training or saving meanwhile raises ValueError.
         """
-        if self.world > 1:
-            for buffer in self.objective.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        if self._average is None:
-            yield
-            return
-        self._averaging = True
+        self.engine.broadcast_buffers()
+        self._averaging = self._average is not None
         try:
-            with self._average.applied():
-                yield
+            with self.engine.evaluated(None if self._average is None else self._average.parts) as module:
+                yield module
         finally:
             self._averaging = False
 
     # ---- keeping --------------------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path | None = None) -> None:
-        """Write a checkpoint to `folder` (default: checkpoints/last of the run's folder). Collective; rank 0 writes, all wait.
+    def save(self, folder: Path | None = None, *, wait: bool = True) -> None:
+        """Write a checkpoint to `folder` (default: checkpoints/last of the run's folder), each rank its share. Collective.
 
-        Raises OSError on all ranks where the disk is full; the checkpoint before it is then intact.
+        Without `wait` it returns as soon as everything is copied, and the files are written meanwhile; `settle` (or the next save) says
+        how that ended. Raises OSError on all ranks where a disk is full; the checkpoint before it is then intact.
         """
-        self._write(self._checkpoint_folder(folder, "last"), {})
+        self._write(self._checkpoint_folder(folder, "last"), {}, wait=wait, keep=self.training.keep)
 
-    def save_best(self, value: float, folder: Path | None = None) -> bool:
+    def save_best(self, value: float, folder: Path | None = None, *, wait: bool = True) -> bool:
         """Write checkpoints/best if `value` (higher is better, equal on all ranks) beats the one it was written with. Collective."""
         folder = self._checkpoint_folder(folder, "best")
+        self.settle()
         found = checkpoint.locate(folder) if self.is_main else None
         better = math.isfinite(value) and (found is None or value > checkpoint.read_state(found)["value"])
         better = bool(self.reduce(torch.tensor(float(better and self.is_main))).item())
         if better:
-            self._write(folder, {"value": value})
+            self._write(folder, {"value": value}, wait=wait, keep=1)
         return better
+
+    def settle(self) -> None:
+        """Wait for a save that is under way. Collective; raises OSError on all ranks where it failed."""
+        self._keeper.wait()
 
     def resume(self, folder: Path | None = None) -> bool:
         """Continue exactly where a checkpoint was written; False where there is none (the run then starts from the beginning).
 
-        Raises ValueError, before anything is changed, for a damaged file, another model, changed settings or another stream.
+        A damaged checkpoint is passed over for the one before it, and said in the log. Raises ValueError, before anything is changed, for
+        checkpoints that are all damaged, another model, changed settings or another stream.
         """
         folder = self._checkpoint_folder(folder, "last")
         seen = self.reduce(torch.tensor(float(checkpoint.locate(folder) is not None))).item()
@@ -252,13 +302,17 @@ class Trainer:
             raise ValueError(
                 f"{folder}: {seen:.0f} of {self.world} ranks see a checkpoint here; it must be on storage that all of them share"
             )
-        if seen:
-            self._restore(folder, checkpoint.read(folder))
+        found, problems = self._keeper.find(folder)
+        if found is not None:
+            self._restore(found, checkpoint.read(found))
         self._log.rewind(self.step)
-        return bool(seen)
+        for problem in problems:
+            self._log.note(self.step, f"passed over a damaged checkpoint: {problem}")
+        return found is not None
 
     def close(self) -> None:
-        """End the log's writers. The trainer can still be asked for its objective."""
+        """End a save that is under way and the log's writers. The trainer can still be asked for its objective. Collective."""
+        self.settle()
         self._log.close()
 
     def _checkpoint_folder(self, folder: Path | None, name: str) -> Path:
@@ -266,62 +320,48 @@ class Trainer:
             raise ValueError("this trainer has no folder; say where: save(folder)")
         return Path(folder) if folder is not None else Path(self.folder or ".") / "checkpoints" / name
 
-    def _write(self, folder: Path, extra: Mapping[str, Any]) -> None:
+    def _write(self, folder: Path, extra: Mapping[str, Any], *, wait: bool, keep: int) -> None:
         self._require_live_weights()
-        random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}
-        problem = None
-        if self.is_main:
-            try:
-                checkpoint.write(folder, self._checkpoint(random, extra))
-            except Exception as error:  # whatever it is, the other ranks must not wait for it
-                problem = error
-        failed = self.reduce(torch.tensor(float(problem is not None))).item()  # and the barrier
-        if problem is not None:
-            raise problem
-        if failed:
-            raise OSError(f"{folder}: rank 0 could not write this checkpoint; its message says why")
-
-    def _checkpoint(self, random: Mapping[str, Tensor], extra: Mapping[str, Any]) -> checkpoint.Checkpoint:
-        tensors: dict[str, checkpoint.Tensors] = {
-            "model": self.objective.state_dict(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer, self.objective),
-            "random": random,  # one row a rank
-        }
-        if self._average is not None:
-            tensors["ema"] = self._average.state_dict()
-        stream = {**self.stream.state_dict(), "step": self.step}  # what was consumed, however far a loader has read ahead
-        return checkpoint.Checkpoint(
-            tensors, {"step": self.step, "settings": self.settings, "stream": stream, "world": self.world, **extra}
-        )
+        random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}  # one row a rank
+        stream = {**self.stream.state_dict(), "step": self.step + self.passed}  # what was consumed, however far a loader has read ahead
+        counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back}
+        state = {"step": self.step, "settings": self.settings, "stream": stream, "world": self.world, **counts, **extra}
+        self._keeper.save(folder, state, average=self._average, random=random, keep=keep)
+        if wait:
+            self.settle()
 
     def _restore(self, folder: Path, saved: checkpoint.Checkpoint) -> None:
-        checkpoint.check_settings(saved.state["settings"], self.settings, folder)
-        checkpoint.check_tensors(saved.tensors["model"], self.objective.state_dict(), folder / "model.safetensors")
-        self.stream.load_state_dict(saved.state["stream"])
-        checkpoint.load_optimizer(self.optimizer, self.objective, saved.tensors["optimizer"], folder / "optimizer.safetensors")
-        self.objective.load_state_dict(dict(saved.tensors["model"]))
-        if self._average is not None:
-            self._average.load_state_dict(dict(saved.tensors["ema"]))
-        self.step = int(saved.state["step"])
-        if saved.state["world"] == self.world:
+        state = saved.state
+        checkpoint.check_settings(state["settings"], self.settings, folder)
+        checkpoint.check_tensors(saved.tensors["model"], self.engine.layout.state, folder / "model.safetensors")
+        self.stream.load_state_dict(state["stream"])
+        self._keeper.restore(folder, saved, self._average)
+        self.step, self.passed = int(state["step"]), int(state.get("passed", 0))
+        self._skipped, self._gone_back = int(state.get("skipped", 0)), int(state.get("gone_back", 0))
+        if state["world"] == self.world:
             randomness.restore({name: states[self.rank] for name, states in saved.tensors["random"].items()})
         else:  # rows keep their noise (it is keyed by row, not by rank); what else is random starts afresh
             randomness.seed_everything(self.training.seed, self.rank, self.step)
+
+    def _token(self) -> str:
+        """A name for this launch, the same on all ranks."""
+        return f"{int(self.gather(torch.tensor(int.from_bytes(os.urandom(4), 'little')))[0]):08x}"
 
     def _require_live_weights(self) -> None:
         if self._averaging:
             raise ValueError("the objective holds averaged weights; leave `averaged()` before training or saving")
 
 
-def _accelerator(training: Training, folder: Path | None) -> Accelerator:
-    precision = "bf16" if training.precision == "bf16" else "no"
+def _accelerator(folder: Path | None) -> Accelerator:
+    """Process group, device and trackers; precision, accumulation and wrapping are the engines' affair."""
     state = AcceleratorState._shared_state
-    if state and state["_mixed_precision"] != precision:  # an earlier trainer of this process; Accelerate keeps one state for all
+    if state and state["_mixed_precision"] != "no":  # somebody else's in this process; Accelerate keeps one state for all
         AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # else a GPU-less launch of several processes trains several unconnected models
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # micro batches are the trainer's own affair
-        log_with=None if folder is None else TRACKER,
-        project_dir=folder,
-    )
+    with hidden():
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),  # else a GPU-less launch of several processes trains several unconnected models
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=None if folder is None else TRACKER,
+            project_dir=folder,
+        )

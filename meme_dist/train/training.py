@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 # What may change between a run and its continuation: when it is looked at, and how the work is laid out on a machine. (Micro batches and
 # ranks change sums by rounding alone; `steps` is free as long as the schedule does not read it.)
-FREE = ("log_every", "evaluate_every", "save_every", "workers", "accumulate")
+FREE = ("log_every", "evaluate_every", "save_every", "keep", "skips", "rollbacks", "workers", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Training:
     """Steps between two evaluations."""
     save_every: int = 500
     """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept: the last one and those before it, for the case that it is damaged. The best one is kept apart."""
+    skips: int = 0
+    """How many steps may pass without an update because their loss or gradient is not finite, before the run goes back or stops."""
+    rollbacks: int = 0
+    """How often the run may go back to its last checkpoint, and pass over the rows since, where it would stop otherwise."""
     workers: int = 0
     """Loader processes of each training process."""
     weight_decay: float = 0.0
@@ -52,10 +58,10 @@ class Training:
     """Adam's decay rates of the first and second moment."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every")
+        positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every", "keep")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("warmup", "seed", "workers", "weight_decay"):
+        for name in ("warmup", "seed", "workers", "weight_decay", "skips", "rollbacks"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "a norm above 0, or none")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, or none")

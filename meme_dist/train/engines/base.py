@@ -1,0 +1,136 @@
+"""What the trainer asks of an engine, and what all engines share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meme_dist.train.training import Training
+from meme_dist.types import Batch, Loss
+
+Moments = Mapping[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """What a module holds, written down before an engine takes its tensors apart: shapes and types as tensors without memory."""
+
+    state: Mapping[str, Tensor]  # every entry of its state_dict, on the meta device
+    owner: Mapping[str, str]  # entry -> the parameter that it is, by its first name (tied parameters have several)
+
+    @property
+    def buffers(self) -> list[str]:
+        """The entries that are no parameters."""
+        return [name for name in self.state if name not in self.owner]
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Names, shapes and types of a module's state."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    state = module.state_dict(keep_vars=True)
+    owner = {name: names[id(x)] for name, x in state.items() if id(x) in names}
+    return Layout({name: torch.empty_like(x, device="meta", requires_grad=False) for name, x in state.items()}, owner)
+
+
+def adam(module: nn.Module, training: Training) -> Optimizer:
+    """AdamW over all parameters; the trainer sets its learning rate at every step."""
+    return torch.optim.AdamW(module.parameters(), training.learning_rate, betas=training.betas, weight_decay=training.weight_decay)
+
+
+class Engine(ABC):
+    """An objective on its ranks, and its optimiser. Every method is called by all ranks, in the same order.
+
+    A parameter lies on a rank as its `part`: the whole tensor, or this rank's shard. `whole` puts parts together (collective).
+    """
+
+    name: str
+    objective: nn.Module
+    layout: Layout
+    optimizer: Optimizer  # whose groups' learning rate the trainer sets
+
+    @abstractmethod
+    def forward(self, batch: Batch, *, last: bool) -> Loss:
+        """The loss of one micro batch, through the wrapper that synchronises ranks; `last` as for `backward`, which follows."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget the gradient of the step before."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this micro batch; with the `last` one of a step, gradients become the mean over ranks."""
+
+    @abstractmethod
+    def squared_norm(self) -> Tensor:
+        """This rank's summand of the squared gradient norm, float64. It is not finite where a gradient is not.
+
+        An engine that learns the norm in its update alone gives 0 or NaN here.
+        """
+
+    @abstractmethod
+    def update(self, norm: float, clip: float | None) -> float:
+        """One optimiser step, with the gradient scaled down to the norm `clip`; returns the norm before that."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Give up this step: no update, weights and moments stay as they are."""
+
+    @abstractmethod
+    def idle(self) -> list[str]:
+        """The trained parameters that got no gradient in this step."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, bool]]:
+        """Each trained parameter's name and whether its gradient is finite on this rank; those without one are left out."""
+
+    @abstractmethod
+    def part(self, name: str) -> Tensor:
+        """What this rank holds of a parameter, sharing its memory."""
+
+    @abstractmethod
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of the parameter's shape of which every rank holds a `part`. Collective."""
+
+    @abstractmethod
+    def cut(self, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor of the parameter's shape: the inverse of `whole`."""
+
+    @abstractmethod
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The optimiser's state of a parameter, whole: "step", "exp_avg", "exp_avg_sq"; empty before the first update. Collective."""
+
+    @abstractmethod
+    def load(self, name: str, value: Tensor, moments: Moments) -> None:
+        """Set a parameter and, unless empty, its optimiser state from whole tensors that every rank gives."""
+
+    @abstractmethod
+    def evaluated(self, parts: Mapping[str, Tensor] | None) -> AbstractContextManager[nn.Module]:
+        """Within it, an ordinary module with these parts as its parameters (None: the live ones), whole on every rank. Collective."""
+
+    def names(self) -> list[str]:
+        """The parameters, tied ones once."""
+        return list(dict.fromkeys(self.layout.owner.values()))
+
+    def load_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Set running statistics and other state that is not trained."""
+        live: dict[str, Any] = dict(self.objective.named_buffers())
+        for name in self.layout.buffers:
+            live[name].copy_(state[name])
+
+    def broadcast_buffers(self) -> None:
+        """Running statistics of rank 0 on all ranks: each rank's are those of its own rows. Collective."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for buffer in self.objective.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def autocast_forward(module: nn.Module, device: torch.device, precision: str) -> None:
+    """Make the module's forward run under bf16 autocast where the precision says so, whichever wrapper calls it.
+
+    Inside and not around the wrapper: DeepSpeed switches off an autocast that it meets outside.
+    """
+    if precision == "bf16":
+        module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)

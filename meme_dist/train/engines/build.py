@@ -1,0 +1,34 @@
+"""From what the launcher asked for to an engine."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from meme_dist.train.engines.base import Engine
+from meme_dist.train.engines.replicated import Replicated
+from meme_dist.train.engines.strategy import Strategy
+from meme_dist.train.training import Training
+
+
+def build(strategy: Strategy, objective: nn.Module, training: Training, accelerator: Accelerator) -> Engine:
+    """The engine for this strategy around an objective that lies on its device. Collective.
+
+    Sharding engines are imported where they are used: DeepSpeed is not always installed, and takes seconds to load.
+    """
+    if strategy.name == "ddp":
+        return Replicated(objective, training, accelerator)
+    _require_group(accelerator.device)
+    if strategy.name == "fsdp2":
+        from meme_dist.train.engines.fully_sharded import FullySharded
+
+        return FullySharded(objective, training, accelerator.device)
+    from meme_dist.train.engines.zero import Zero
+
+    return Zero(objective, training, accelerator.device, strategy, world=accelerator.num_processes)
+
+
+def _require_group(device: torch.device) -> None:
+    """One process alone has no process group, and sharding engines want one of size 1."""
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,104 @@
+"""Whole weights, gradients and optimiser state on every rank: one process alone, or DistributedDataParallel through Accelerate."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from meme_dist.train.engines.base import Engine, Moments, adam, autocast_forward, layout_of
+from meme_dist.train.training import Training
+from meme_dist.types import Batch, Loss
+
+
+class Replicated(Engine):
+    """All ranks hold everything; gradients are averaged over ranks during the backward pass of the last micro batch."""
+
+    name = "ddp"
+
+    def __init__(self, objective: nn.Module, training: Training, accelerator: Accelerator):
+        self.objective, self.layout, self.accelerator = objective, layout_of(objective), accelerator
+        self._parameters = dict(objective.named_parameters())
+        autocast_forward(objective, accelerator.device, training.precision)
+        self.optimizer = adam(objective, training)
+        self.wrapped = cast(nn.Module, accelerator.prepare(objective))
+
+    def forward(self, batch: Batch, *, last: bool) -> Loss:
+        with self._alone(last):
+            return self.wrapped(batch)
+
+    def begin(self) -> None:
+        self.optimizer.zero_grad()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        with self._alone(last):
+            loss.backward()
+
+    def _alone(self, last: bool) -> AbstractContextManager[Any]:
+        """No exchange of gradients but in the last micro batch; DDP decides that in the forward pass."""
+        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+
+    def squared_norm(self) -> Tensor:
+        norm = get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        self._norm = norm
+        return norm.double().square() / self.accelerator.num_processes  # the same on all ranks
+
+    def update(self, norm: float, clip: float | None) -> float:
+        if clip is not None:
+            clip_grads_with_norm_(self._parameters.values(), clip, self._norm)
+        self.optimizer.step()
+        return norm
+
+    def discard(self) -> None:
+        """The gradient is forgotten as the next step begins, anyway."""
+
+    def idle(self) -> list[str]:
+        return [name for name, p in self._parameters.items() if p.requires_grad and p.grad is None]
+
+    def gradients(self) -> Iterator[tuple[str, bool]]:
+        for name, p in self._parameters.items():
+            if p.grad is not None:
+                yield name, bool(p.grad.isfinite().all())
+
+    def part(self, name: str) -> Tensor:
+        return self._parameters[name].detach()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        return part
+
+    def cut(self, name: str, value: Tensor) -> Tensor:
+        return value
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        return dict(self.optimizer.state.get(self._parameters[name], {}))
+
+    @torch.no_grad()
+    def load(self, name: str, value: Tensor, moments: Moments) -> None:
+        parameter = self._parameters[name]
+        parameter.copy_(value)
+        self.optimizer.state[parameter] = {key: _placed(key, x, parameter) for key, x in moments.items()}
+
+    @contextmanager
+    def evaluated(self, parts: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
+        if parts is None:
+            yield self.objective
+            return
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._fill(parts)
+        try:
+            yield self.objective
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+
+def _placed(key: str, x: Tensor, parameter: Tensor) -> Tensor:
+    """Moments beside their parameter; the count of steps stays on the CPU, where AdamW keeps it."""
+    return x.clone() if key == "step" else x.to(parameter.device, copy=True)
