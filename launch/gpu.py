@@ -105,7 +105,7 @@ def main() -> int:
     parts = [
         tests("kernel tests", ["tests/kernels"]),
         benchmark("kernels", kernels),
-        benchmark("step"),
+        benchmark("step", "ranks=()" if missing(*TRAINING) else "ranks=(1,)"),
         benchmark("stream"),
         training(),
         tests("tests", MATHS),

@@ -1,12 +1,15 @@
-"""`meme-dist doctor`: is this machine fit to train, and if not, what to do about it. Reads only; changes nothing."""
+"""`meme-dist doctor`: is this machine fit to train, alone and with others, and if not, what to do about it. Reads only; changes nothing."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,10 +27,16 @@ SUPPORTED = {
 }
 OPTIONAL = {
     "triton": "the fused kernels: pip install 'meme-dist[triton]' (CUDA builds of torch bring it along)",
-    "deepspeed": "ZeRO: pip install 'meme-dist[deepspeed]'",
+    "deepspeed": "the engines zero1, zero2, zero3 and zero3_offload: pip install 'meme-dist[deepspeed]'",
 }
 PYTHONS = SpecifierSet(">=3.11,<3.13")
 ENOUGH_DISK = 2.0  # GiB: the digits' shards take 4 MB, those of MNIST-SVHN about 400 MB; a checkpoint of theirs 5 and about 40 MB
+ENOUGH_SHARED = 1.0  # GiB: loader workers hand their batches over in it; a container has 64 MiB unless told otherwise
+ENOUGH_FILES = 4096  # descriptors: each rank holds a socket to every other, each loader worker some for every batch on its way
+STALE = 600.0  # seconds: building DeepSpeed's Adam takes about one minute on an idle machine of two cores, and more on a busy one
+PORT = 29500  # the launchers' own choice
+SHARED = Path("/dev/shm")
+DRIVER = Path("/proc/driver/nvidia/gpus")  # an entry a GPU, as the driver sees them
 
 
 class Finding(NamedTuple):
@@ -41,7 +50,9 @@ class Finding(NamedTuple):
 
 def examine(folder: Path) -> list[Finding]:
     """All findings, in the order in which to mend them; `folder` is where runs shall be written."""
-    return [_python(), *(_package(name) for name in SUPPORTED), *_devices(), _processors(), _compiler(), _disk(folder), _writable(folder)]
+    alone = [_python(), *(_package(name) for name in SUPPORTED), *_devices(), _processors(), _compiler(), _disk(folder), _writable(folder)]
+    together = [*_visible(), *_collectives(), *_offload(), *_locks(), _shared_memory(), _port(), _files(), _interfaces()]
+    return alone + together
 
 
 def _python() -> Finding:
@@ -126,3 +137,129 @@ def _writable(folder: Path) -> Finding:
 def _existing(folder: Path) -> Path:
     folder = folder.resolve()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+# ---- what several processes need --------------------------------------------------------------------------------------------------
+
+
+def _visible() -> Iterator[Finding]:
+    """GPUs that the machine has or the environment asks for, and torch does not see."""
+    seen, asked = _count_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+    wanted = there if asked is None else len([name for name in asked.split(",") if name.strip()])
+    if wanted <= seen:
+        if seen:
+            yield Finding("ok", "GPUs visible", f"{seen} of {max(there, seen)}")
+        return
+    told = f"the driver lists {there}" if asked is None else f"CUDA_VISIBLE_DEVICES={asked}"
+    advice = "give numbers that nvidia-smi lists in CUDA_VISIBLE_DEVICES, or install a torch built for CUDA; `accelerate launch "
+    yield Finding("wrong", "GPUs visible", f"{told}, torch sees {seen}", f"{advice}--num_processes {max(seen, 1)}` fits what torch sees")
+
+
+def _count_devices() -> int:
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _collectives() -> Iterator[Finding]:
+    """What ranks talk through: NCCL between GPUs, gloo between CPUs. The engines ddp and fsdp2 need nothing else."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+    from torch import distributed
+    from torch.cuda import nccl
+
+    if not distributed.is_available():
+        yield Finding("wrong", "collectives", "this torch has no torch.distributed", "only one process can train: install torch from PyPI")
+        return
+    if distributed.is_nccl_available():
+        yield Finding("ok", "collectives between GPUs", "NCCL " + ".".join(map(str, nccl.version())))
+    elif torch.cuda.is_available():
+        advice = "more than one GPU cannot train together: install torch for CUDA from PyPI or download.pytorch.org"
+        yield Finding("wrong" if torch.cuda.device_count() > 1 else "note", "collectives between GPUs", "this torch has no NCCL", advice)
+    if distributed.is_gloo_available():
+        yield Finding("ok", "collectives between CPUs", "gloo")
+    else:
+        yield Finding(
+            "note", "collectives between CPUs", "this torch has no gloo", "several processes need GPUs; or install torch from PyPI"
+        )
+
+
+def _offload() -> Iterator[Finding]:
+    """What zero3_offload compiles at its first use: DeepSpeed's Adam for the host."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    tools = {"a C++ compiler": (os.environ.get("CXX", ""), "c++", "g++", "clang++"), "ninja": ("ninja",)}
+    if _count_devices():
+        tools["nvcc"] = ("nvcc", str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"))
+    lacking = [tool for tool, names in tools.items() if not any(name and shutil.which(name) for name in names)]
+    if not lacking:
+        yield Finding("ok", "zero3_offload", f"can compile DeepSpeed's Adam ({', '.join(tools)})")
+        return
+    advice = "the other engines need none of it. apt install build-essential; pip install ninja, and have the environment's bin in PATH"
+    advice += "; set CUDA_HOME to a toolkit of the CUDA version that torch is built for" if "nvcc" in lacking else ""
+    yield Finding("note", "zero3_offload", f"lacks {', '.join(lacking)}", advice)
+
+
+def _locks() -> Iterator[Finding]:
+    """A process that was killed while it compiled an extension left a lock, for which every later one waits without end or word."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    for lock in sorted(folder.rglob("lock")) if folder.is_dir() else []:
+        age = time.time() - lock.stat().st_mtime
+        if age > STALE:
+            advice = f"its next build waits for ever; unless one is under way right now (ps -e | grep ninja): rm '{lock}'"
+            yield Finding("wrong", "lock of a build", f"{lock} is {age / 60:.0f} minutes old", advice)
+
+
+def _shared_memory() -> Finding:
+    if not SHARED.is_dir():
+        return Finding("note", "shared memory", f"no {SHARED}", "loader workers cannot hand over batches in it: train with --workers 0")
+    usage = shutil.disk_usage(SHARED)
+    total, free = usage.total / 2**30, usage.free / 2**30
+    if free >= ENOUGH_SHARED:
+        return Finding("ok", "shared memory", f"{free:.1f} of {total:.1f} GiB free in {SHARED}")
+    advice = "loader workers and NCCL need it: docker run --shm-size 8g (or --ipc host), remove what killed processes left, or --workers 0"
+    return Finding("note", "shared memory", f"{free:.2f} of {total:.2f} GiB free in {SHARED}", advice)
+
+
+def _port() -> Finding:
+    """Tried, not guessed: whether a launcher could listen there now."""
+    asked = os.environ.get("MASTER_PORT", str(PORT))
+    if not asked.isdigit() or int(asked) >= 2**16:
+        return Finding("wrong", "port", f"MASTER_PORT={asked}", "expected a number below 65536: unset it, or give it one")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(asked)))
+        except OSError as error:
+            advice = "launch with --main_process_port 0 (one machine) or another MASTER_PORT (several); who has it: ss -ltnp"
+            return Finding("note", "port", f"{asked} cannot be had: {error.strerror}", advice)
+    return Finding("ok", "port", f"{asked} is free")
+
+
+def _files() -> Finding:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    found = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}"
+    if limit == resource.RLIM_INFINITY or limit >= ENOUGH_FILES:
+        return Finding("ok", "open files", found)
+    return Finding("note", "open files", found, "many loader workers or ranks need more: ulimit -n 65536 in the shell that launches")
+
+
+def _interfaces() -> Finding:
+    """The network interface that gloo binds to: the one named, or that of the machine's own name."""
+    there, named = [name for _, name in socket.if_nameindex()], os.environ.get("GLOO_SOCKET_IFNAME")
+    if named:
+        if missing := [name for name in named.split(",") if name not in there]:
+            advice = f"this machine has {', '.join(there)}: unset it, or name one of these"
+            return Finding("wrong", "network interface", f"GLOO_SOCKET_IFNAME={named}: no {', '.join(missing)}", advice)
+        return Finding("ok", "network interface", f"GLOO_SOCKET_IFNAME={named}")
+    name = socket.gethostname()
+    try:
+        return Finding("ok", "network interface", f"{name} is {socket.gethostbyname(name)}")
+    except OSError:
+        advice = "gloo finds no address to bind to: export GLOO_SOCKET_IFNAME=lo on one machine, or the interface that the machines share"
+        return Finding("note", "network interface", f"the machine's name {name} has no address", advice)
