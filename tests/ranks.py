@@ -28,6 +28,10 @@ PRELOAD = [
     "accelerate",
     "tests.trainings",
     "meme_dist.train.trainer",
+    "pytest",
+    "meme_dist.run",
+    "meme_dist.impute",
+    "meme_dist.draws",
 ]
 if importlib.util.find_spec("deepspeed"):  # the second of these imports torch's compiler: seconds for each rank otherwise
     PRELOAD += ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "meme_dist.train.engines.zero"]

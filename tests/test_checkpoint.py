@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 
 from meme_dist.train import checkpoint
@@ -313,6 +313,22 @@ def test_best_is_replaced_by_better_values_only_and_apart_from_last(tmp_path: Pa
     run.save()
     again = trainer(tmp_path)
     assert again.resume() and not again.save_best(0.4) and again.save_best(0.6)  # the value outlives the process
+
+
+def test_an_export_is_one_file_with_the_weights_that_load_weights_takes(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    next(iter(run))
+    run.save()
+    last = tmp_path / "checkpoints" / "last"
+    for averaged in (True, False):
+        out, other = tmp_path / f"{averaged}.safetensors", build(seed=5)
+        assert checkpoint.export(last, out, averaged=averaged) == 1
+        load_weights(other, last, averaged=averaged)
+        exported = safetensors.torch.load_file(out)
+        assert exported.keys() == other.state_dict().keys()
+        assert all(torch.equal(exported[name], x) for name, x in other.state_dict().items())
+    with pytest.raises(ValueError, match="True.safetensors: exists already"):
+        checkpoint.export(last, tmp_path / "True.safetensors")
 
 
 def test_load_weights_gives_the_average_where_there_is_one_and_the_weights_when_asked(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from meme_dist.train import startup
-from meme_dist.train.engines.strategy import Strategy
 from meme_dist.train.trainer import NonFiniteError, Trainer, Training
 from tests.ranks import run_ranks
 from tests.trainings import PATTERNS, Rows, build, mixed, weights
@@ -177,7 +176,7 @@ def unwrapped(rank: int, world: int) -> str:
     trainer = Trainer(build(), Rows("ab", mixed("ab"), batch_size=8, rank=rank, world=world), Training(batch_size=8))
     trainer.engine.wrapped = trainer.objective
     try:
-        startup.check_engine(Strategy("ddp"), trainer.engine, world)
+        startup.check_engine("ddp", trainer.engine, world)
     except ValueError as error:
         return str(error)
     return ""

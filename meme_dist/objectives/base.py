@@ -1,7 +1,7 @@
 """What an objective is, and the tables that all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,12 +12,26 @@ from meme_dist.distributions import Components, Diagonal, Posterior
 from meme_dist.modality import Modality, same_family, stack
 from meme_dist.types import Batch, Loss, Packed
 
+Shapes = Mapping[str, Sequence[tuple[int, ...]]]
+Work = Callable[[str, Tensor | None], Sequence[Tensor]]
+Each = Callable[[Shapes, Work, Tensor | None], list[Sequence[Tensor]]]
+
+
+def in_turn(shapes: Shapes, work: Work, shared: Tensor | None) -> list[Sequence[Tensor]]:
+    """`work(name, shared)` for each modality named in `shapes`, in that order: one process does it all.
+
+    `shapes` says what each work returns, and `shared` is all that works need gradients to beside their own networks: enough for several
+    ranks to share the works out (`train.modality_parallel`). So an objective calls `self.each`, which is this function on one process.
+    """
+    return [work(name, shared) for name in shapes]
+
 
 class Objective(nn.Module, ABC):
     """A loss over partly observed rows, and the inference that goes with it.
 
     `forward` is what data-parallel wrappers call: a loss reached through another method would leave its gradients unsynchronised.
     Every parameter takes part in every loss, whatever the batch observes, so that no rank waits for a gradient that does not come.
+    In it, networks run inside `self.each` and nowhere else.
     """
 
     modalities: nn.ModuleDict
@@ -32,6 +46,7 @@ class Objective(nn.Module, ABC):
         self.modalities = nn.ModuleDict(modalities)
         self.latent_dim = next(iter(sizes.values()))
         self.family = same_family(modalities)
+        self.each: Each = in_turn
 
     @abstractmethod
     def forward(self, batch: Batch) -> Loss:
@@ -55,11 +70,21 @@ class Objective(nn.Module, ABC):
 
     def posteriors(self, batch: Batch) -> Diagonal:
         """q_j(z | x_j) for the batch's modalities, stacked [N, B, D]; a standard density where x_j is absent."""
-        return stack([self._posterior(name, packed, len(batch.observed)) for name, packed in batch.modalities.items()])
+        shapes = {name: [(len(packed.row), self.latent_dim)] * 2 for name, packed in batch.modalities.items()}
+        encoded = self.each(shapes, lambda name, _: self.modality(name).encode(batch.modalities[name].data), None)
+        rows = [packed.row for packed in batch.modalities.values()]
+        return stack([self._unpacked(q, row, len(batch.observed)) for q, row in zip(encoded, rows, strict=True)])
 
-    def _posterior(self, name: str, packed: Packed, rows: int) -> Diagonal:
-        q = self.modality(name).encode(packed.data)
-        return type(q)(unpack(q.mean, packed.row, rows, 0.0), unpack(q.scale, packed.row, rows, 1.0))
+    def _unpacked(self, q: Sequence[Tensor], row: Tensor, rows: int) -> Diagonal:
+        mean, scale = q
+        return self.family(unpack(mean, row, rows, 0.0), unpack(scale, row, rows, 1.0))
+
+    def reconstructions(
+        self, batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True
+    ) -> Float[Tensor, "N N K B"]:
+        """`reconstruction_table` of this objective's modalities."""
+        modalities = {name: self.modality(name) for name in batch.modalities}
+        return reconstruction_table(modalities, batch, z, own=own, cross=cross, each=self.each)
 
 
 def unpack(values: Float[Tensor, "R D"], row: Tensor, rows: int, filler: float) -> Float[Tensor, "{rows} D"]:
@@ -69,7 +94,13 @@ def unpack(values: Float[Tensor, "R D"], row: Tensor, rows: int, filler: float) 
 
 
 def reconstruction_table(
-    modalities: Mapping[str, Modality], batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True
+    modalities: Mapping[str, Modality],
+    batch: Batch,
+    z: Float[Tensor, "N K B D"],
+    *,
+    own: bool = True,
+    cross: bool = True,
+    each: Each = in_turn,
 ) -> Float[Tensor, "N N K B"]:
     """A[i, j, k, b] = log p_j(x_j | z[i, k, b]) where row b holds both i and j, 0 elsewhere.
 
@@ -77,8 +108,16 @@ def reconstruction_table(
     rows in the batch it still sees its padding, whose result is cut off.
     """
     sources, samples, rows, _ = z.shape
-    flat = by_place(z)
-    columns = [_column(modalities[name], packed, flat, j, rows, own, cross) for j, (name, packed) in enumerate(batch.modalities.items())]
+    places = sources * rows + 1
+    asked = {name: _asked(packed, j, rows, places - 1, own, cross) for j, (name, packed) in enumerate(batch.modalities.items())}
+
+    def decode(name: str, flat: Tensor | None) -> tuple[Tensor]:
+        assert flat is not None
+        source, target = asked[name]
+        return (modalities[name].log_prob(batch.modalities[name].data, flat[:, source], target),)
+
+    decoded = each({name: [(samples, len(source))] for name, (source, _) in asked.items()}, decode, by_place(z))
+    columns = [a.new_zeros(samples, places).index_copy(1, source, a) for (a,), (source, _) in zip(decoded, asked.values(), strict=True)]
     return torch.stack([c[:, :-1].view(samples, sources, rows) for c in columns]).permute(2, 0, 1, 3)
 
 
@@ -87,14 +126,13 @@ def by_place(z: Float[Tensor, "N K B D"]) -> Float[Tensor, "K places D"]:
     return torch.cat([z.transpose(0, 1).flatten(1, 2), z.new_zeros(z.shape[1], 1, z.shape[3])], 1)
 
 
-def _column(modality: Modality, packed: Packed, flat: Tensor, j: int, rows: int, own: bool, cross: bool) -> Float[Tensor, "K places"]:
-    bin_ = flat.shape[1] - 1
+def _asked(packed: Packed, j: int, rows: int, bin_: int, own: bool, cross: bool) -> tuple[Tensor, Tensor]:
+    """The places whose samples decoder j is given, and the datum of its modality that each of them is to explain."""
     place = torch.where(packed.row < rows, j * rows + packed.row, bin_)
-    own_target = torch.arange(len(packed.data), device=place.device)
+    own_target = torch.arange(len(packed.row), device=place.device)
     source = torch.cat(([packed.source] if cross else []) + ([place] if own else []))
     target = torch.cat(([packed.target] if cross else []) + ([own_target] if own else []))
-    log_prob = modality.log_prob(packed.data, flat[:, source], target)
-    return log_prob.new_zeros(flat.shape[:2]).index_copy(1, source, log_prob)
+    return source, target
 
 
 def pairs(observed: Bool[Tensor, "B N"]) -> Bool[Tensor, "N N B"]:

@@ -15,7 +15,7 @@ t = log(w/K) + logsumexp t and use Jensen), so it never exceeds the evidence for
 proportional to p(x_i|z) p(z|x_T) p(x_T|z). That value is reported as `bound` whatever is optimised.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -38,7 +38,7 @@ from meme_dist.distributions import (
 )
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, by_place, pairs, reconstruction_table
+from meme_dist.objectives.base import Objective, by_place, pairs
 from meme_dist.priors import PseudoInputs, join
 from meme_dist.types import Batch, Loss, Sums
 
@@ -79,7 +79,7 @@ class MEME(Objective):
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if estimator == "resampled" and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
-        self.samples, self.cross_weight = samples, cross_weight
+        self.samples, self.cross_weight, self.pseudo_inputs = samples, cross_weight, pseudo_inputs
         self.estimator: Estimator = estimator
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
         self.pseudo = torch.nn.ModuleDict({name: PseudoInputs(pseudo_inputs, m.feature) for name, m in modalities.items()})
@@ -103,7 +103,7 @@ class MEME(Objective):
 
     def prior(self) -> Components:
         """The even mixture of every modality's pseudo-input posteriors."""
-        return Components(join([self._pseudo(name).posterior(self.modality(name)) for name in self.modalities]))
+        return Components(join(self._pseudo_posteriors(list(self.modalities))))
 
     def forward(self, batch: Batch) -> Loss:
         """-(sum over rows and observed i of L_i / |observed|), with each modality's terms as means over the rows that hold it."""
@@ -139,8 +139,8 @@ class MEME(Objective):
         sources, samples, rows, _ = z.shape
         flat = by_place(z)
         points = flat[:, batch.alone]
-        components = [Components(self._pseudo(name).posterior(self.modality(name))) for name in batch.modalities]
-        table = torch.stack([c.log_prob(points) for c in components])  # [N, K, A]
+        components = self._pseudo_posteriors(list(batch.modalities))
+        table = torch.stack([Components(q).log_prob(points) for q in components])  # [N, K, A]
         others = torch.arange(sources, device=z.device)[:, None] != (batch.alone // rows)[None]
         prior = mixture_of(table, others.unsqueeze(1))
         placed = prior.new_zeros(flat.shape[:2]).index_copy(1, batch.alone, prior)
@@ -149,26 +149,27 @@ class MEME(Objective):
     def _pseudo(self, name: str) -> PseudoInputs:
         return cast(PseudoInputs, self.pseudo[name])
 
-    @property
-    def _by_name(self) -> dict[str, Modality]:
-        return {name: self.modality(name) for name in self.modalities}
+    def _pseudo_posteriors(self, names: Sequence[str]) -> list[Diagonal]:
+        shapes = dict.fromkeys(names, [(self.pseudo_inputs, self.latent_dim)] * 2)
+        encoded = self.each(shapes, lambda name, _: self._pseudo(name).posterior(self.modality(name)), None)
+        return [self.family(*q) for q in encoded]
 
     def _rao_blackwell(self, batch: Batch, z: Tensor) -> "_Decoded":
-        table = reconstruction_table(self._by_name, batch, z)
+        table = self.reconstructions(batch, z)
         return _Decoded(_own(table), table)
 
     def _released(self, batch: Batch, z: Tensor) -> "_Decoded":
-        cross = reconstruction_table(self._by_name, batch, z, own=False)
-        return _Decoded(_own(reconstruction_table(self._by_name, batch, z[:, :1], cross=False)), cross)
+        cross = self.reconstructions(batch, z, own=False)
+        return _Decoded(_own(self.reconstructions(batch, z[:, :1], cross=False)), cross)
 
     def _resampled(self, batch: Batch, z: Tensor) -> "_Decoded":
         with torch.no_grad():
-            cross = reconstruction_table(self._by_name, batch, z, own=False)
+            cross = self.reconstructions(batch, z, own=False)
         noise = Noise(batch.seed, batch.draw)
         uniform = torch.stack([noise.uniform(f"{name}/resample", 1, 1)[0, :, 0] for name in batch.modalities])
         drawn = resample(cross, batch.observed.T, uniform)
         chosen = drawn.index[:, None, :, None].expand(-1, -1, -1, z.shape[-1])
-        table = reconstruction_table(self._by_name, batch, z.gather(1, chosen))
+        table = self.reconstructions(batch, z.gather(1, chosen))
         return _Decoded(_own(table), table, drawn)
 
     def _touch(self, batch: Batch) -> Tensor:

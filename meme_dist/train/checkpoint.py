@@ -268,6 +268,23 @@ def load_weights(module: nn.Module, folder: Path, *, averaged: bool = True) -> i
     return int(checkpoint.state["step"])
 
 
+def export(folder: Path, out: Path, *, averaged: bool = True) -> int:
+    """Write a checkpoint's weights as one safetensors file, the averaged ones where there are some and they are wanted; returns the step.
+
+    From checkpoints of any engine and number of ranks. Raises ValueError for a damaged checkpoint and for a file that exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already, and nothing is overwritten; choose another name (--out)")
+    found = _found(folder)
+    stem = "ema" if averaged and "ema" in map(_stem, read_state(found)["sha256"]) else "model"
+    checkpoint = read(found, only=[stem])
+    partial = out.with_name(f"{out.name}.partial")
+    partial.unlink(missing_ok=True)
+    _write_file(partial, _packed(checkpoint.tensors[stem]))
+    partial.rename(out)
+    return int(checkpoint.state["step"])
+
+
 def check_tensors(came: Tensors, expected: Tensors, where: Path) -> None:
     """Raise ValueError with the first few names that are missing, too many, or of another shape or type."""
     both = [name for name in expected if name in came]

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -15,8 +18,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meme_dist.train.checkpoint import fingerprint
 from meme_dist.train.engines.base import Engine
-from meme_dist.train.engines.strategy import Strategy
+from meme_dist.train.engines.strategy import hidden
+from meme_dist.train.log import TRACKER
 from meme_dist.train.training import Training
+
+
+def accelerator(folder: Path | None) -> Accelerator:
+    """Process group, device and trackers; precision, accumulation and wrapping are the engines' affair."""
+    state = AcceleratorState._shared_state
+    if state and state["_mixed_precision"] != "no":  # somebody else's in this process; Accelerate keeps one state for all
+        AcceleratorState._reset_state()
+    with hidden():
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),  # else a GPU-less launch of several processes trains several unconnected models
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=None if folder is None else TRACKER,
+            project_dir=folder,
+        )
+
+
+def device() -> torch.device:
+    """Where one process alone trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def token(gather: Callable[[Tensor], Tensor]) -> str:
+    """A name for this launch, the same on all ranks. Collective."""
+    return f"{int(gather(torch.tensor(int.from_bytes(os.urandom(4), 'little')))[0]):08x}"
 
 
 def check_world(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
@@ -33,7 +62,10 @@ def check_world(accelerator: Accelerator, environment: Mapping[str, str] = os.en
 
 
 def check_batch(training: Training, world: int) -> None:
-    """Raise ValueError unless the rows of a step divide evenly among ranks and micro batches."""
+    """Raise ValueError unless the rows of a step divide evenly among ranks (of which `members` have the same) and micro batches."""
+    if world % training.members:
+        raise ValueError(f"members: {world} processes do not divide into groups of {training.members}; launch a multiple of that")
+    world //= training.members
     parts = world * training.accumulate
     if training.batch_size % parts:
         raise ValueError(
@@ -42,17 +74,18 @@ def check_batch(training: Training, world: int) -> None:
         )
 
 
-def check_engine(strategy: Strategy, engine: Engine, world: int) -> None:
+def check_engine(name: str, engine: Engine, world: int) -> None:
     """Raise ValueError where the engine is not the one asked for, or where processes would train replicas that never meet."""
     wrapped: Any = getattr(engine, "wrapped", None)
     running = {
         "ddp": isinstance(wrapped, DistributedDataParallel) or world == 1 and wrapped is engine.objective,
+        "modality": engine.members > 1,
         "fsdp2": isinstance(wrapped, FSDPModule) and all(isinstance(p, DTensor) for p in engine.objective.parameters()),
     }
-    stage = getattr(engine, "stage", None)
-    if engine.name != strategy.name or not running.get(strategy.name, stage == strategy.stage):
+    stage = f"zero{getattr(engine, 'stage', None)}"
+    if engine.name != name or not running.get(name, stage == name):
         raise ValueError(
-            f"{world} processes: expected the engine {strategy.name}, as the launch configuration says, got {engine.name} around "
+            f"{world} processes: expected the engine {name}, as the launch configuration says, got {engine.name} around "
             f"{type(wrapped).__name__}; its replicas would drift apart. Choose a configuration from launch/accelerate/"
         )
 

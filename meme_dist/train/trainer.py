@@ -1,7 +1,6 @@
 """The training loop: one optimiser step at a time, run alone or under `accelerate launch`, on whichever engine the launcher asked for."""
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,19 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from meme_dist.data.prefetch import prefetch
 from meme_dist.train import checkpoint, randomness, startup
 from meme_dist.train.ema import Average
 from meme_dist.train.engines.build import build
-from meme_dist.train.engines.strategy import hidden, requested
+from meme_dist.train.engines.strategy import requested
 from meme_dist.train.guard import NonFiniteError, diagnose
+from meme_dist.train.heartbeat import Heart, straggler
 from meme_dist.train.keeper import Keeper
-from meme_dist.train.log import TRACKER, Log
+from meme_dist.train.log import Log
+from meme_dist.train.signals import Stop
+from meme_dist.train.spikes import SpikeDetector
 from meme_dist.train.training import Training, learning_rate, trajectory
 from meme_dist.types import Batch, Loss
 
@@ -59,7 +59,7 @@ class Trainer:
     The update is that of (sum of the loss over all rows of the step) / batch_size, for any number of ranks and micro batches, on every
     engine. Every rank runs the same lines; rank 0 writes the log. `folder` gets metrics.jsonl, TensorBoard's files and checkpoints/ (None:
     nothing is written). `configuration` is what else fixes the trajectory (a recipe's keywords): it must be equal on all ranks, and on
-    resuming.
+    resuming. `stop` says when this process was told to stop: all ranks then do, after one step. `heart` is told where this rank is.
 
     A few numbers (loss, gradient norm, whether to stop) are read from the device each step, so that nothing is updated from a value that is
     not finite; everything else is read on logged steps.
@@ -76,29 +76,32 @@ class Trainer:
         *,
         folder: Path | None = None,
         configuration: Mapping[str, Any] | None = None,
+        stop: Stop | None = None,
+        heart: Heart | None = None,
     ):
         self.objective, self.stream, self.training = objective, stream, training
         self.folder = None if folder is None else Path(folder)
         self.step = 0
         self.passed = 0  # steps of the stream that gave no update: skipped, or gone back over
-        self.stopping = False  # all ranks agree: some were told to stop
+        self.stopping = False  # all ranks agree: one of them was told to stop
+        self.heart, self._stop = heart or Heart(None), stop or Stop()
         self.settings = trajectory(training, configuration)
         strategy = requested()
-        self.accelerator = _accelerator(self.folder)
+        self.accelerator = startup.accelerator(self.folder)
         startup.check_world(self.accelerator)
         startup.check_batch(training, self.accelerator.num_processes)
         objective.to(self.accelerator.device)
         startup.check_equal(self.accelerator, objective, self.settings)
         randomness.seed_everything(training.seed, self.rank)
         self.engine = build(strategy, objective, training, self.accelerator)
-        startup.check_engine(strategy, self.engine, self.world)
+        startup.check_engine("modality" if training.members > 1 else strategy.name, self.engine, self.world)
         self._average = None if training.ema is None else Average(self.engine, training.ema)
         self._averaging = False
-        self._keeper = Keeper(self.engine, rank=self.rank, world=self.world, token=self._token(), reduce=self.reduce)
+        self._keeper = Keeper(self.engine, rank=self.rank, world=self.world, token=startup.token(self.gather), reduce=self.reduce)
         self._log = Log(self.folder, self.accelerator)
         self._logged = (0, time.perf_counter())  # step and time of the last log
+        self._spikes = SpikeDetector()
         self._skipped = self._gone_back = 0
-        self._asked_to_stop = False
 
     @property
     def rank(self) -> int:
@@ -123,50 +126,58 @@ class Trainer:
         """The tensors of all ranks [world, ...], on every rank; they have one shape. Collective."""
         return cast(Tensor, self.accelerator.gather(tensor.to(self.accelerator.device).unsqueeze(0)))
 
-    def request_stop(self) -> None:
-        """Ask all ranks to stop after the step that is under way (a signal's handler calls it); `stopping` tells that they did."""
-        self._asked_to_stop = True
-
     # ---- stepping -------------------------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Report]:
         if self.step >= self.training.steps:
             return
-        self.stream.step = self.step + self.passed
         self._logged = (self.step, time.perf_counter())
-        source = iter(self.stream)
+        source, gone_back = self._source(), self._gone_back
         while self.step < self.training.steps and not self.stopping:
-            with record_function("meme/data"):
-                micro_batches = next(source)
-            report = self._advance(micro_batches)
+            if gone_back != self._gone_back:  # then the stream was set back too: begin to read anew
+                source, gone_back = self._source(), self._gone_back
+            with self._phase("data"):
+                batches = next(source)
+            report = self._advance(batches)
             if report is not None:
                 yield report
 
-    def _advance(self, micro_batches: Sequence[Batch]) -> Report | None:
+    def _source(self) -> Iterator[list[Batch]]:
+        self.stream.step = self.step + self.passed
+        return prefetch(self.stream, self.accelerator.device)
+
+    def _advance(self, batches: Sequence[Batch]) -> Report | None:
         """One step of the stream; None where it gave no update."""
         self._require_live_weights()
-        with record_function("meme/copy"):
-            batches = [cast(Batch, send_to_device(batch, self.accelerator.device, non_blocking=True)) for batch in micro_batches]
         losses = self._backward(batches)
-        with record_function("meme/check"):
+        with self._phase("check"):
             loss, norm = self._agree(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._pass_over(self._diagnosis(batches, losses, loss, norm))
             return None
-        with record_function("meme/update"):
+        if self._jumped(loss):
+            return None
+        with self._phase("update"):
             rate, norm = self._update(norm)
         return self._report(losses, loss, norm, rate)
 
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A part of a step, named for the watchdog and for profilers."""
+        self.heart.beat(name, self.step)
+        with record_function(f"meme/{name}"):
+            yield
+
     def _backward(self, batches: Sequence[Batch]) -> list[Loss]:
-        """Gradient of (sum over the rows of all ranks) / batch_size; engines average over ranks, hence the factor `world`."""
-        scale = self.world / self.training.batch_size
+        """Gradient of (sum over the rows of all ranks) / batch_size; engines average over groups of ranks, hence that factor."""
+        scale = self.engine.groups / self.training.batch_size
         losses = []
         self.engine.begin()  # here, not after the update: until the next step the gradient can be looked at
         for position, batch in enumerate(batches, 1):
             last = position == len(batches)
-            with record_function("meme/forward"):
+            with self._phase("forward"):
                 loss = self.engine.forward(batch, last=last)
-            with record_function("meme/backward"):
+            with self._phase("backward"):
                 self.engine.backward(loss.total * scale, last=last)
             losses.append(loss._replace(total=loss.total.detach()))
         if idle := self.engine.idle():
@@ -181,9 +192,10 @@ class Trainer:
 
         NaN and infinity survive a sum over ranks, so that one reduction tells every rank.
         """
-        total = torch.stack([loss.total for loss in losses]).sum().double() / self.training.batch_size
+        rows = self.training.batch_size * self.engine.members  # as often as they are counted
+        total = torch.stack([loss.total for loss in losses]).sum().double() / rows
         squared = self.engine.squared_norm().to(total)
-        stop = torch.full_like(total, float(self._asked_to_stop))
+        stop = torch.full_like(total, float(self._stop.requested))
         loss, squared_norm, stops = self.reduce(torch.stack([total, squared, stop])).tolist()
         self.stopping = stops > 0
         return loss, math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
@@ -212,6 +224,10 @@ class Trainer:
         elif not self._go_back(str(error)):
             raise error
 
+    def _jumped(self, loss: float) -> bool:
+        """Whether the loss jumped and the run went back for it; where it may not (any more), a jump is trained on."""
+        return self.training.rollbacks > 0 and self._spikes.observe(loss) and self._go_back(f"the loss jumped to {loss:.6g}")
+
     def _go_back(self, why: str) -> bool:
         """Take weights, moments and averages from the last good checkpoint, and pass over the rows seen since; False if that is spent."""
         if self.folder is None or self._gone_back >= self.training.rollbacks:
@@ -238,6 +254,8 @@ class Trainer:
         self._logged = (self.step, now)
         speed = (self.step - step) * self.training.batch_size / (now - then)
         self.log({"loss": loss, "gradient_norm": norm, "learning_rate": rate, "rows_per_second": speed, **terms})
+        if late := straggler(self.gather(self.heart.times()).cpu()):
+            self._log.note(self.step, late)
         return Report(self.step, loss, terms, speed, norm, rate)
 
     def _terms(self, losses: Sequence[Loss]) -> dict[str, float]:
@@ -324,7 +342,7 @@ class Trainer:
         self._require_live_weights()
         random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}  # one row a rank
         stream = {**self.stream.state_dict(), "step": self.step + self.passed}  # what was consumed, however far a loader has read ahead
-        counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back}
+        counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back, "spikes": self._spikes.state_dict()}
         state = {"step": self.step, "settings": self.settings, "stream": stream, "world": self.world, **counts, **extra}
         self._keeper.save(folder, state, average=self._average, random=random, keep=keep)
         if wait:
@@ -338,30 +356,12 @@ class Trainer:
         self._keeper.restore(folder, saved, self._average)
         self.step, self.passed = int(state["step"]), int(state.get("passed", 0))
         self._skipped, self._gone_back = int(state.get("skipped", 0)), int(state.get("gone_back", 0))
+        self._spikes.load_state_dict(state.get("spikes", SpikeDetector().state_dict()))
         if state["world"] == self.world:
             randomness.restore({name: states[self.rank] for name, states in saved.tensors["random"].items()})
         else:  # rows keep their noise (it is keyed by row, not by rank); what else is random starts afresh
             randomness.seed_everything(self.training.seed, self.rank, self.step)
 
-    def _token(self) -> str:
-        """A name for this launch, the same on all ranks."""
-        return f"{int(self.gather(torch.tensor(int.from_bytes(os.urandom(4), 'little')))[0]):08x}"
-
     def _require_live_weights(self) -> None:
         if self._averaging:
             raise ValueError("the objective holds averaged weights; leave `averaged()` before training or saving")
-
-
-def _accelerator(folder: Path | None) -> Accelerator:
-    """Process group, device and trackers; precision, accumulation and wrapping are the engines' affair."""
-    state = AcceleratorState._shared_state
-    if state and state["_mixed_precision"] != "no":  # somebody else's in this process; Accelerate keeps one state for all
-        AcceleratorState._reset_state()
-    with hidden():
-        return Accelerator(
-            cpu=not torch.cuda.is_available(),  # else a GPU-less launch of several processes trains several unconnected models
-            mixed_precision="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            log_with=None if folder is None else TRACKER,
-            project_dir=folder,
-        )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 # What may change between a run and its continuation: when it is looked at, and how the work is laid out on a machine. (Micro batches and
 # ranks change sums by rounding alone; `steps` is free as long as the schedule does not read it.)
-FREE = ("log_every", "evaluate_every", "save_every", "keep", "skips", "rollbacks", "workers", "accumulate")
+FREE = ("log_every", "evaluate_every", "save_every", "keep", "skips", "rollbacks", "workers", "accumulate", "members")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Training:
     """What the learning rate does after the warm-up: stay, or fall to zero at the last step."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from zero."""
+    members: int = 1
+    """Processes that share one copy of the model, each with the networks of some modalities (modality parallelism)."""
     accumulate: int = 1
     """Micro batches of an optimiser step, on each process: less memory, the same update."""
     clip: float | None = None
@@ -58,7 +60,7 @@ class Training:
     """Adam's decay rates of the first and second moment."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every", "keep")
+        positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "members")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("warmup", "seed", "workers", "weight_decay", "skips", "rollbacks"):

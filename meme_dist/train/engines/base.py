@@ -50,6 +50,8 @@ class Engine(ABC):
     objective: nn.Module
     layout: Layout
     optimizer: Optimizer  # whose groups' learning rate the trainer sets
+    groups: int  # shares of a step's rows, and how many ranks have each of them
+    members: int = 1
 
     @abstractmethod
     def forward(self, batch: Batch, *, last: bool) -> Loss:

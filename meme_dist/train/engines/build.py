@@ -11,13 +11,22 @@ from meme_dist.train.training import Training
 
 
 def build(strategy: Strategy, objective: nn.Module, training: Training, accelerator: Accelerator) -> Engine:
-    """The engine for this strategy around an objective that lies on its device. Collective.
+    """The engine for this strategy, or for modality parallelism, around an objective that lies on its device. Collective.
 
     Sharding engines are imported where they are used: DeepSpeed is not always installed, and takes seconds to load.
     """
-    if strategy.name == "ddp":
+    if strategy.name == "ddp" and training.members == 1:
         return Replicated(objective, training, accelerator)
     _require_group(accelerator.device)
+    if training.members > 1:
+        if strategy.name != "ddp":
+            raise ValueError(
+                f"members: {training.members} processes share a model, and the launch configuration asks for {strategy.name}; "
+                "expected one of the two: launch with ddp.yaml"
+            )
+        from meme_dist.train.engines.placed import Placed
+
+        return Placed(objective, training, accelerator.device, world=accelerator.num_processes)
     if strategy.name == "fsdp2":
         from meme_dist.train.engines.fully_sharded import FullySharded
 

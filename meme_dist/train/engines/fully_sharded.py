@@ -32,7 +32,8 @@ class FullySharded(Engine):
         autocast_forward(objective, device, training.precision)
         if scalars := [name for name, p in objective.named_parameters() if not p.dim()]:
             raise ValueError(f"{', '.join(scalars)}: parameters without a dimension, which FSDP2 cannot shard; give them the shape [1]")
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        self.groups = torch.distributed.get_world_size()
+        mesh = init_device_mesh(device.type, (self.groups,))
         for path, module in list(objective.named_modules()):
             if path.rpartition(".")[2] in UNITS and any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)

@@ -24,7 +24,7 @@ class Replicated(Engine):
         self._parameters = dict(objective.named_parameters())
         autocast_forward(objective, accelerator.device, training.precision)
         self.optimizer = adam(objective, training)
-        self.wrapped = cast(nn.Module, accelerator.prepare(objective))
+        self.wrapped, self.groups = cast(nn.Module, accelerator.prepare(objective)), accelerator.num_processes
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
         with self._alone(last):

@@ -1,0 +1,175 @@
+"""What a training survives: damaged checkpoints, steps that are not finite, jumps of the loss, being told to stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from meme_dist.train import checkpoint
+from meme_dist.train.signals import Stop
+from meme_dist.train.spikes import SpikeDetector
+from meme_dist.train.trainer import NonFiniteError, Trainer, Training
+from tests.ranks import run_ranks
+from tests.trainings import Rows, build, mixed, weights
+
+BATCH = 8
+
+
+class Spoilt(Rows):
+    """Rows of which some steps of the stream have NaN, or absurdly large numbers, in modality b."""
+
+    def __init__(self, spoil: dict[int, float], **layout: Any):
+        super().__init__("ab", mixed("ab", 12 * BATCH), batch_size=BATCH, **layout)
+        self.spoil = spoil
+
+    def batch(self, positions: np.ndarray) -> Any:
+        made = super().batch(positions)
+        if self.step in self.spoil:
+            made.modalities["b"].data.fill_(self.spoil[self.step])
+        return made
+
+
+def trainer_on(folder: Path | None, spoil: dict[int, float], *, rank: int = 0, world: int = 1, **settings: Any) -> Trainer:
+    training = Training(**({"steps": 6, "batch_size": BATCH, "ema": 0.9, "log_every": 1} | settings))
+    return Trainer(build(), Spoilt(spoil, rank=rank, world=world), training, folder=folder)
+
+
+def run(trainer: Trainer, save_at: tuple[int, ...] = ()) -> list[float]:
+    losses = []
+    for report in trainer:
+        losses.append(report.loss)
+        if report.step in save_at:
+            trainer.save()
+    return losses
+
+
+def notes(folder: Path) -> list[str]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["note"] for line in lines if "note" in line]
+
+
+# ---- going back -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_passes_over_the_rows_since(tmp_path: Path) -> None:
+    """Step 4 of the stream is broken: the run goes back to step 2 and trains on from row block 5, as one that never saw blocks 2 to 4."""
+    trainer = trainer_on(tmp_path, {4: torch.nan}, rollbacks=1)
+    losses = run(trainer, save_at=(2,))
+    assert (trainer.step, trainer.passed) == (6, 3)
+    other = trainer_on(None, {})
+    expected = []
+    for report in other:
+        expected.append(report.loss)
+        if report.step == 2:
+            other.stream.step += 3
+    assert losses[:2] + losses[4:] == expected  # steps 3 and 4 were made twice
+    assert all(torch.equal(p, weights(other.objective)[name]) for name, p in trainer.objective.named_parameters())
+    (note,) = notes(tmp_path)
+    assert note.startswith("went back from step 4 to 2: step 5: loss per row nan")
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "note" not in line]
+    assert logged == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_after_going_back_a_run_resumes_as_if_it_had_not_been(tmp_path: Path) -> None:
+    settings = {"rollbacks": 1, "skips": 1}
+    whole = trainer_on(tmp_path / "whole", {1: torch.nan, 4: torch.nan}, **settings)
+    run(whole, save_at=(2, 4))
+    first = trainer_on(tmp_path / "parts", {1: torch.nan, 4: torch.nan}, **settings)
+    for report in first:
+        if report.step in (2, 4):
+            first.save()
+        if report.step == 4 and first._gone_back:
+            break
+    again = trainer_on(tmp_path / "parts", {1: torch.nan, 4: torch.nan}, **settings)
+    assert again.resume() and (again.passed, again._gone_back) == (first.passed, 1)
+    run(again)
+    assert (again.step, again.passed) == (whole.step, whole.passed)
+    assert all(torch.equal(p, weights(whole.objective)[name]) for name, p in again.objective.named_parameters())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_without_a_checkpoint_or_beyond_its_budget_a_run_stops_with_the_diagnosis(tmp_path: Path, saved: bool) -> None:
+    trainer = trainer_on(tmp_path, {3: torch.nan, 5: torch.nan}, rollbacks=1)
+    with pytest.raises(NonFiniteError, match="data of b not finite") as error:
+        run(trainer, save_at=(2,) if saved else ())
+    assert error.value.step == (4 if not saved else trainer.step + 1)
+    assert trainer._gone_back == int(saved)
+
+
+def test_a_jump_of_the_loss_makes_a_run_go_back_and_without_leave_it_goes_on(tmp_path: Path) -> None:
+    settings = {"steps": 60, "log_every": 100}
+    for rollbacks in (0, 1):
+        trainer = trainer_on(tmp_path / str(rollbacks), {50: 300.0}, rollbacks=rollbacks, **settings)
+        trainer._spikes = SpikeDetector(warmup=20)
+        run(trainer, save_at=(40,))
+        assert (trainer.step, trainer.passed) == (60, 11 * rollbacks)
+    assert notes(tmp_path / "1")[0].startswith("went back from step 50 to 40: the loss jumped to ")
+
+
+def together(rank: int, world: int, folder: Path) -> tuple[int, int, float]:
+    trainer = trainer_on(folder, {4: torch.nan} if rank == 1 else {}, rank=rank, world=world, rollbacks=1)
+    losses = run(trainer, save_at=(2,))
+    return trainer.step, trainer.passed, losses[-1]
+
+
+def test_all_ranks_go_back_where_one_is_broken(tmp_path: Path) -> None:
+    first, second = run_ranks(together, 2, tmp_path)
+    assert first == second and first[:2] == (6, 3)
+
+
+# ---- checkpoints that are damaged -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["state.json", "model.safetensors", "ema.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_said(tmp_path: Path, damage: str) -> None:
+    trainer = trainer_on(tmp_path, {})
+    run(trainer, save_at=(2, 4))
+    path = tmp_path / "checkpoints" / "last" / damage
+    path.write_bytes(path.read_bytes()[:-9])
+    again = trainer_on(tmp_path, {})
+    assert again.resume() and again.step == 2
+    assert notes(tmp_path) and f"passed over a damaged checkpoint: {path}" in notes(tmp_path)[0]
+    run(again, save_at=(4,))
+    assert all(torch.equal(p, weights(trainer.objective)[name]) for name, p in again.objective.named_parameters())
+
+
+def test_as_many_checkpoints_as_asked_for_are_kept_newest_first(tmp_path: Path) -> None:
+    trainer = trainer_on(tmp_path, {}, keep=3)
+    run(trainer, save_at=(1, 2, 3, 5, 6))
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last", "last-00000003", "last-00000005"]
+    assert [checkpoint.verify(path)["step"] for path in (folder / "last", *checkpoint.older(folder / "last"))] == [6, 5, 3]
+
+
+def test_a_checkpoint_written_in_the_background_is_of_the_step_at_which_it_was_asked_for(tmp_path: Path) -> None:
+    trainer = trainer_on(tmp_path, {})
+    steps = iter(trainer)
+    next(steps), next(steps)
+    expected = weights(trainer.objective)
+    trainer.save(wait=False)
+    next(steps), next(steps)  # weights move while the files are written
+    trainer.settle()
+    saved = checkpoint.read(tmp_path / "checkpoints" / "last")
+    assert saved.state["step"] == 2
+    assert all(torch.equal(saved.tensors["model"][name], x) for name, x in expected.items())
+
+
+# ---- being told to stop ---------------------------------------------------------------------------------------------------------------
+
+
+def told(rank: int, world: int, folder: Path) -> tuple[int, bool]:
+    """Rank 1 alone is told to stop in the middle of step 3."""
+    stop = Stop()
+    training = Training(steps=6, batch_size=BATCH, log_every=1)
+    trainer = Trainer(build(), Rows("ab", mixed("ab"), batch_size=BATCH, rank=rank, world=world), training, folder=folder, stop=stop)
+    for report in trainer:
+        if report.step == 2 and rank == 1:
+            stop.requested = True
+    return trainer.step, trainer.stopping
+
+
+def test_when_one_rank_is_told_to_stop_all_stop_after_the_same_step(tmp_path: Path) -> None:
+    assert run_ranks(told, 2, tmp_path) == [(3, True), (3, True)]
