@@ -38,13 +38,13 @@ class Record:
     format: int = FORMAT
 
 
-def describe(recipe: str, keywords: Mapping[str, Any], shards: Path, *, world: int) -> Record:
+def describe(recipe: str, keywords: Mapping[str, Any], shards: str, *, world: int) -> Record:
     """A record of this run on this machine."""
     machine = {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count(), "processes": world, "devices": _devices()}
     return Record(
         recipe=recipe,
         keywords=dict(keywords),
-        shards=str(shards.resolve()),
+        shards=shards,
         command=tuple(sys.argv),
         commit=commit(),
         versions={"python": platform.python_version(), "meme-dist": meme_dist.__version__} | _versions(),

@@ -10,7 +10,8 @@ import numpy as np
 from webdataset.tariterators import tar_file_iterator
 
 from meme_dist.data.fields import Field, member_name
-from meme_dist.data.index import MANIFEST, TAR_BLOCK, Index, Manifest, Shard, file_sha256, padded
+from meme_dist.data.files import Shard, file_sha256
+from meme_dist.data.index import MANIFEST, TAR_BLOCK, Index, Manifest, padded
 
 MOST_PROBLEMS = 20  # of one shard; a cut tar would list every row after the cut
 ROWS_AT_ONCE = 64  # members decoded together
@@ -54,6 +55,16 @@ def check_shards(folder: Path | str) -> Report:
         manifest = Manifest.load(folder)
     except ValueError as error:
         return Report(0, 0, (Problem(MANIFEST, None, None, str(error)),))
+    reports = [_check(part, f"{part.folder}/" if manifest.parts else "") for part in manifest.parts or (manifest,)]
+    return Report(
+        sum(report.rows for report in reports),
+        sum(report.shards for report in reports),
+        tuple(problem for report in reports for problem in report.problems),
+    )
+
+
+def _check(manifest: Manifest, prefix: str) -> Report:
+    """The report of one folder, which `prefix` names where there are several."""
     rows, shards, problems = 0, 0, []
     for split, entry in manifest.splits.items():
         try:
@@ -64,7 +75,7 @@ def check_shards(folder: Path | str) -> Report:
         rows, shards = rows + entry.rows, shards + len(entry.shards)
         for number in range(len(entry.shards)):
             problems += scan_shard(manifest, split, index, number)
-    return Report(rows, shards, tuple(problems))
+    return Report(rows, shards, tuple(problem._replace(shard=prefix + problem.shard) for problem in problems))
 
 
 def scan_shard(manifest: Manifest, split: str, index: Index, number: int) -> list[Problem]:
@@ -73,10 +84,14 @@ def scan_shard(manifest: Manifest, split: str, index: Index, number: int) -> lis
     Checksums and contents are looked at as far as members stand in their places; behind that, each would only repeat that it does not.
     """
     shard = manifest.shards(split)[number]
-    path = manifest.path(shard)
-    if not path.is_file():
-        return [Problem(shard.file, None, None, f"expected a file of {shard.bytes} bytes, found none")]
     start = sum(other.rows for other in manifest.shards(split)[:number])
+    with manifest.copy(shard) as path:
+        if path is None:
+            return [Problem(shard.file, None, None, f"expected a file of {shard.bytes} bytes, found none")]
+        return _scan(manifest, index, shard, start, path)
+
+
+def _scan(manifest: Manifest, index: Index, shard: Shard, start: int, path: Path) -> list[Problem]:
     expected = sorted(_expected(manifest, index, range(start, start + shard.rows)), key=lambda member: member.offset)
     problems, in_place = _compare_members(shard, expected, path)
     problems += _compare_bytes(manifest, shard, expected[:in_place], path)
@@ -101,7 +116,7 @@ class _Member(NamedTuple):
 
 def _expected(manifest: Manifest, index: Index, rows: range) -> Iterator[_Member]:
     for row in rows:
-        record, key = index.records[row], index.key(row)
+        record, key = index.span(row, row + 1)[0], index.key(row)
         for column, (modality, field) in enumerate(manifest.fields.items()):
             if (size := int(record["size"][column])) >= 0:
                 name = member_name(key, modality, field)

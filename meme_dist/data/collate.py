@@ -1,14 +1,15 @@
 """Encoded rows to tensors to batches: what a loader worker does, and what the main process puts together."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from meme_dist.data.check import Problem
+from meme_dist.data.fields import Buffer
 from meme_dist.data.reader import Raw, Reader
 from meme_dist.types import Batch, pack
 
@@ -19,23 +20,28 @@ class Part(NamedTuple):
     present: Mapping[str, Shaped[Tensor, "R *event"]]  # the rows that hold a modality, in row order
     observed: np.ndarray  # [rows, N]
     label: np.ndarray  # [rows], -1 where there is none
+    damaged: tuple[Problem, ...] = ()  # rows that others stand in for
 
 
-def decode(reader: Reader, rows: Sequence[int], raw: Sequence[Raw]) -> Part:
-    """Decode rows modality by modality. Raises ValueError naming shard, row and modality of a datum that its field refuses."""
-    observed = np.array([[member is not None for member in members] for members in raw], dtype=bool)
+def decode(reader: Reader, rows: Sequence[int], raw: Sequence[Raw], out: Mapping[str, Tensor] | None = None) -> Part:
+    """Decode rows modality by modality, into the first rows of `out` where that is given.
+
+    Raises ValueError naming shard, row and modality of a datum that its field refuses.
+    """
+    columns = list(zip(*raw, strict=True)) or [()] * len(reader.manifest.fields)
+    observed = np.array([[member is not None for member in column] for column in columns], dtype=bool).T
     present = {}
     for column, (name, field) in enumerate(reader.manifest.fields.items()):
-        members = [member for row in raw if (member := row[column]) is not None]
+        members = [member for member in columns[column] if member is not None]
         try:
-            present[name] = field.decode_rows(members)
+            present[name] = field.decode_rows(members, None if out is None else out[name])
         except ValueError:
             _name_the_culprit(reader, name, [(row, members[column]) for row, members in zip(rows, raw, strict=True)])
             raise
-    return Part(present, observed.reshape(len(rows), len(present)), np.asarray(reader.index.label[list(rows)], dtype=np.int64))
+    return Part(present, observed, np.asarray(reader.index.label[list(rows)], dtype=np.int64))
 
 
-def _name_the_culprit(reader: Reader, name: str, members: Sequence[tuple[int, memoryview | None]]) -> None:
+def _name_the_culprit(reader: Reader, name: str, members: Sequence[tuple[int, Buffer | None]]) -> None:
     for row, member in members:
         try:
             if member is not None:
@@ -45,11 +51,16 @@ def _name_the_culprit(reader: Reader, name: str, members: Sequence[tuple[int, me
 
 
 def join(parts: Sequence[Part]) -> Part:
-    """The rows of several parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    present = {name: torch.cat([part.present[name] for part in parts]) for name in parts[0].present}
-    return Part(present, np.concatenate([part.observed for part in parts]), np.concatenate([part.label for part in parts]))
+    """The rows of several parts, one after the other: always a copy, in pinned memory where there is a GPU to copy it to."""
+    present = {name: _joined([part.present[name] for part in parts]) for name in parts[0].present}
+    observed, label = np.concatenate([part.observed for part in parts]), np.concatenate([part.label for part in parts])
+    return Part(present, observed, label, sum((part.damaged for part in parts), ()))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    rows = sum(len(x) for x in tensors)
+    out = torch.empty((rows, *tensors[0].shape[1:]), dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.cat(list(tensors), out=out)
 
 
 def cut(part: Part, low: int, high: int) -> Part:
@@ -80,38 +91,3 @@ def _pin(batch: Batch) -> Batch:
         draw=batch.draw.pin_memory(),
         label=None if batch.label is None else batch.label.pin_memory(),
     )
-
-
-def parts(dataset: Dataset, workers: int) -> Iterator[Part]:
-    """What a data set of whole parts makes, here or in worker processes; torch's global random state stays untouched.
-
-    Workers come from a fork server: forking a process that has threads or a CUDA context may deadlock. A ValueError of a worker is raised
-    here with its own words.
-    """
-    if not workers:
-        yield from dataset if isinstance(dataset, IterableDataset) else map(dataset.__getitem__, range(len(cast(Sized, dataset))))
-        return
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "webdataset", "meme_dist.data.stream"])  # imported once, not once a worker
-    for part in DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=context,
-        collate_fn=_as_it_is,
-        generator=torch.Generator().manual_seed(0),
-        prefetch_factor=2,
-    ):
-        if isinstance(part, Failure):
-            raise ValueError(part.message)
-        yield part
-
-
-class Failure(NamedTuple):
-    """An error on its way out of a worker: sent as a value, it arrives without the worker's traceback and without a wait for its end."""
-
-    message: str
-
-
-def _as_it_is(part: Any) -> Any:
-    return part

@@ -3,7 +3,9 @@
 Codecs are a fixed table and none of them can run code: `npy` without pickle, `png` without any other image format, `txt` as UTF-8 words.
 """
 
+import functools
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -86,17 +88,28 @@ class Field:
         """
         return self.decode_rows([data])[0]
 
-    def decode_rows(self, data: Sequence[Buffer]) -> Shaped[Tensor, "R *event"]:
-        """`decode` for many rows at once: one copy and one conversion for all of them."""
+    def decode_rows(self, data: Sequence[Buffer], out: Shaped[Tensor, "S *event"] | None = None) -> Shaped[Tensor, "R *event"]:
+        """`decode` for many rows at once: one copy and one conversion for all of them; into the first rows of `out` where that is given."""
+        x = torch.empty((len(data), *self.shape), dtype=self.dtype) if out is None else out[: len(data)]
+        if not data:
+            return x
         if self.kind == "text":
-            ids = [self._tokens(sentence) for sentence in data]
-            return torch.from_numpy(np.array(ids, dtype=np.int64).reshape(len(data), *self.shape))
-        descr = _STORED[self.kind][1]
-        payload = bytearray().join([self._payload(datum) for datum in data])  # a bytearray, since torch wants to be able to write
-        array = np.frombuffer(payload, dtype=descr) if data else np.empty(0, dtype=descr)
-        x = torch.from_numpy(array.reshape(len(data), *self.shape))
-        self._check_values(x)
-        return x.float().div_(255) if self.kind == "image" else x.float()
+            x.numpy()[:] = [self._tokens(sentence) for sentence in data]
+            return x
+        array = self._stored(data)
+        if self.kind == "counts" and (array.min() < 0 or array.max() > LARGEST_COUNT):
+            raise ValueError(f"expected counts from 0 to {LARGEST_COUNT}, got {array.min()} to {array.max()}")
+        if self.kind == "image":
+            np.divide(array, np.float32(255), out=x.numpy())
+        else:
+            np.copyto(x.numpy(), array, casting="unsafe")
+            self._check_values(x)
+        return x
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of a decoded tensor."""
+        return torch.int64 if self.kind == "text" else torch.float32
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a manifest has to keep; `from_json` inverts it."""
@@ -127,20 +140,23 @@ class Field:
 
     def _tokens(self, data: Buffer) -> list[int]:
         try:
-            words = bytes(data).decode().split()
+            words = str(data, "utf-8").split()
         except UnicodeDecodeError as error:
             raise ValueError(f"expected UTF-8 text, got a byte that is none ({error.reason} at byte {error.start})") from error
         length = self.shape[0]
-        ids = [self._ids.get(word, UNKNOWN) for word in words[:length]]
-        return (ids + [END] + [PAD] * length)[:length]
+        ids = list(map(self._ids.get, words[:length], itertools.repeat(UNKNOWN)))
+        return ids if len(ids) == length else [*ids, END, *[PAD] * (length - len(ids) - 1)]
 
-    def _payload(self, data: Buffer) -> Buffer:
-        if self.codec == "png":
-            return _from_png(data, self.shape)
+    def _stored(self, data: Sequence[Buffer]) -> np.ndarray:
+        """The arrays of some rows as they are stored, [R, *event]; read only."""
+        descr = _STORED[self.kind][1]
         header, size = self._layout
-        if len(data) == size and data[: len(header)] == header:  # what `encode` writes: no parsing
-            return memoryview(data)[len(header) :]
-        return _from_npy(data, _STORED[self.kind][1], self.shape)
+        if self.codec == "npy" and all([len(datum) == size for datum in data]):
+            files = np.frombuffer(b"".join(data), dtype=np.uint8).reshape(len(data), size)
+            if (files[:, : len(header)] == np.frombuffer(header, dtype=np.uint8)).all():  # what `encode` writes: no parsing
+                return files[:, len(header) :].view(descr).reshape(len(data), *self.shape)
+        read = _from_png if self.codec == "png" else functools.partial(_from_npy, descr)
+        return np.frombuffer(b"".join([read(datum, self.shape) for datum in data]), dtype=descr).reshape(len(data), *self.shape)
 
     @cached_property
     def _layout(self) -> tuple[bytes, int]:
@@ -209,7 +225,7 @@ def _whole_numbers(x: Tensor) -> Tensor:
     return x.to(torch.int32)
 
 
-def _from_npy(data: Buffer, descr: str, shape: tuple[int, ...]) -> bytes:
+def _from_npy(descr: str, data: Buffer, shape: tuple[int, ...]) -> bytes:
     """Any other way of writing the same array; the header is read on its own, so that it cannot ask for memory or for pickle."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)

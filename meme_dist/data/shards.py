@@ -5,10 +5,9 @@ import itertools
 import json
 import mmap
 import os
-import shutil
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,11 @@ from webdataset.writer import TarWriter
 
 from meme_dist.data.check import Problem, Report, check_shards
 from meme_dist.data.fields import Field, check_modality_names
-from meme_dist.data.index import MANIFEST, TAR_BLOCK, IndexWriter, Manifest, Shard, Split, file_sha256, padded, record_type
+from meme_dist.data.files import Shard, file_sha256
+from meme_dist.data.index import MANIFEST, TAR_BLOCK, IndexWriter, Manifest, Split, padded, record_type
+from meme_dist.ranks import Processes, hidden
 
-__all__ = ["Dataset", "Manifest", "Problem", "Report", "Row", "check_shards", "write_shards"]
+__all__ = ["Dataset", "Manifest", "Problem", "Report", "Row", "check_shards", "write_shards", "write_shards_together"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, in one file
 
@@ -31,6 +32,10 @@ class Row(NamedTuple):
 
     data: Mapping[str, Tensor | str]
     label: int | None = None
+
+
+Part = Callable[[str, range], Iterator[Row]]
+"""Some rows of a split, by number: what several processes ask of a data set that they write together."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +68,98 @@ def write_shards(
     """
     folder = Path(folder)
     wanted = _description(dataset, rows_per_shard, splits)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, found a file; choose another name")
-    if folder.exists() and any(folder.iterdir()):
-        return _existing(folder, wanted)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.writing-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
+    if (manifest := _already(folder, wanted)) is not None:
+        return manifest
+    with _full_disk_told(folder), hidden(folder) as temporary:
         _write(dataset, temporary, wanted["source"], rows_per_shard, splits)
         return _publish(temporary, folder, wanted)
+
+
+def write_shards_together(
+    dataset: Dataset, folder: Path | str, *, part: Part, rows: Mapping[str, int], rows_per_shard: int, processes: Processes
+) -> Manifest:
+    """`write_shards` on several processes, each whole shards of its own: the same folder, byte by byte, for any number of them. Collective.
+
+    `part(split, rows)` gives a range of the rows that `dataset.rows` gives; `rows` has how many each split holds. Every shard is asked
+    for as a range of its own. After each the processes hear of one another, so that where one fails all have stopped before anything
+    is cleared away; index and manifest are written by rank 0 at the end. `folder` must be on storage that all of them share.
+    """
+    folder = Path(folder)
+    manifest = None
+    with processes.agreed():
+        wanted = _description(dataset, rows_per_shard, list(rows))
+        if processes.is_main:
+            manifest = _already(folder, wanted)
+    if not processes.from_main(int(manifest is not None)):
+        with _full_disk_told(folder), hidden(folder, processes) as temporary:
+            _write_parts(dataset, temporary, part, rows, rows_per_shard, processes)
+            with processes.agreed():
+                if processes.is_main:
+                    _finish(dataset, temporary, wanted["source"], rows, rows_per_shard)
+                    _publish(temporary, folder, wanted)
+    with processes.agreed():
+        manifest = Manifest.load(folder)
+    return manifest
+
+
+def _write_parts(dataset: Dataset, folder: Path, part: Part, rows: Mapping[str, int], rows_per_shard: int, processes: Processes) -> None:
+    """This rank's shards, each with a file beside it that holds what rank 0 needs to know of it."""
+    for split, number_of_rows in rows.items():
+        shares = processes.shares(-(-number_of_rows // rows_per_shard))
+        for turn in range(len(shares[0])):
+            with processes.agreed():
+                for number in shares[processes.rank][turn : turn + 1]:
+                    mine = range(number * rows_per_shard, min(number_of_rows, (number + 1) * rows_per_shard))
+                    shard, records = _write_numbered(dataset, split, folder, number, zip(mine, part(split, mine), strict=True))
+                    np.savez(_aside(folder, split, number), records=records, shard=np.array(json.dumps(shard)))
+
+
+def _finish(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows: Mapping[str, int], rows_per_shard: int) -> None:
+    """Index and manifest, when all shards are there."""
+    written = {}
+    for split, number_of_rows in rows.items():
+        numbers = range(-(-number_of_rows // rows_per_shard))
+        written[split] = _split(dataset, split, folder, (_taken(_aside(folder, split, number)) for number in numbers))
+    _write_manifest(dataset, folder, source, rows_per_shard, written)
+
+
+def _aside(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:06d}.written.npz"
+
+
+def _taken(path: Path) -> tuple[Shard, np.ndarray]:
+    with np.load(path, allow_pickle=False) as aside:
+        shard, records = Shard(*json.loads(str(aside["shard"]))), aside["records"]
+    path.unlink()
+    return shard, records
+
+
+def _already(folder: Path, wanted: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a folder that holds the same set; None where there is nothing. Raises ValueError for anything else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file; choose another name")
+    return _existing(folder, wanted) if folder.exists() and any(folder.iterdir()) else None
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise OSError(
             error.errno, f"{error.strerror}: {folder} was not written, nothing is left of it; make room or choose another disk"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows_per_shard: int, splits: Sequence[str]) -> None:
-    written = {split: _write_split(dataset, split, folder, rows_per_shard) for split in splits}
+    _write_manifest(
+        dataset, folder, source, rows_per_shard, {split: _write_split(dataset, split, folder, rows_per_shard) for split in splits}
+    )
+
+
+def _write_manifest(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows_per_shard: int, written: Mapping[str, Split]) -> None:
     Manifest(folder, dataset.name, dict(dataset.fields), tuple(dataset.classes), source, rows_per_shard, written).save()
     _sync(folder / MANIFEST)
 
@@ -150,14 +225,31 @@ def _differences(place: str, there: Any, wanted: Any) -> Iterator[str]:
 
 
 def _write_split(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -> Split:
+    return _split(dataset, split, folder, _numbered(dataset, split, folder, rows_per_shard))
+
+
+def _numbered(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -> Iterator[tuple[Shard, np.ndarray]]:
     rows = enumerate(dataset.rows(split))
+    for number in itertools.count():
+        if (first := next(rows, None)) is None:
+            return
+        yield _write_numbered(dataset, split, folder, number, itertools.chain([first], itertools.islice(rows, rows_per_shard - 1)))
+
+
+def _write_numbered(dataset: Dataset, split: str, folder: Path, number: int, rows: Iterator[tuple[int, Row]]) -> tuple[Shard, np.ndarray]:
+    """Shard `number` of a split, with its rows' records."""
+    path = folder / f"{split}-{number:06d}.tar"
+    records = _write_shard(dataset, split, path, rows)
+    return Shard(path.name, len(records), path.stat().st_size, file_sha256(path)), records
+
+
+def _split(dataset: Dataset, split: str, folder: Path, written: Iterable[tuple[Shard, np.ndarray]]) -> Split:
+    """The index of shards that come in order, and the manifest's entry."""
     index_file = f"{split}.index.npy"
     shards, single, present = [], False, np.zeros(len(dataset.fields), dtype=np.int64)
     with IndexWriter(folder / index_file, len(dataset.fields)) as index:
-        while (first := next(rows, None)) is not None:
-            path = folder / f"{split}-{len(shards):06d}.tar"
-            records = _write_shard(dataset, split, path, itertools.chain([first], itertools.islice(rows, rows_per_shard - 1)))
-            shards.append(Shard(path.name, len(records), path.stat().st_size, file_sha256(path)))
+        for shard, records in written:
+            shards.append(shard)
             observed = records["size"] >= 0
             single, present = single or bool((observed.sum(1) == 1).any()), present + observed.sum(0)
             index.append(records)

@@ -3,18 +3,23 @@
 `Stream` is endless and for training; `Evaluation` is finite and gives every row once. Both read by offset and check every byte.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch import Tensor
 
-from meme_dist.data.collate import Failure, Part, cut, decode, fill, join, parts, to_batch
+from meme_dist.data.check import Problem
+from meme_dist.data.collate import Part, cut, decode, fill, join, to_batch
 from meme_dist.data.index import Manifest
 from meme_dist.data.order import Order, default_streams
-from meme_dist.data.reader import Raw, Reader
+from meme_dist.data.reader import Reader
+from meme_dist.data.substitute import decode_intact
+from meme_dist.data.workers import parts
 from meme_dist.types import Batch
+
+NAMED = 5  # damaged rows that an error names
 
 
 class Stream:
@@ -26,7 +31,12 @@ class Stream:
 
     `batch_size` counts the rows of an optimiser step over all ranks. `streams` is fixed for a run and must divide it and be a multiple
     of `world`; the default is the largest divisor of `batch_size` up to 64. More workers than a rank has streams are not started.
-    Raises ValueError for numbers that do not divide, for shards that are missing, cut or altered, and for data their fields refuse.
+    `folder` is a path, an address or a brace pattern (see `Manifest.load`), and `cache` the folder for copies of remote shards.
+
+    `damaged` is how many different rows of this rank may be unreadable before it stops, at most half of the split. Such a row is named in
+    `Stream.damaged` when its turn comes, and another row, which (seed, row) alone decide, stands in its place; its bytes are never used.
+    Raises ValueError for numbers that do not divide, for shards that are missing, cut or altered and data their fields refuse, beyond what
+    `damaged` allows; OSError for a source that cannot be reached.
     """
 
     def __init__(
@@ -42,34 +52,58 @@ class Stream:
         workers: int = 0,
         streams: int | None = None,
         step: int = 0,
+        damaged: int = 0,
+        cache: Path | str | None = None,
     ):
         _check_rank(rank, world)
         _check_positive(batch_size=batch_size, accumulate=accumulate)
         streams = default_streams(batch_size) if streams is None else streams
         _check_division(batch_size, streams, world, accumulate)
-        self.manifest, self.split = Manifest.load(folder), split
+        self.manifest, self.split = Manifest.load(folder, cache=cache), split
         self.batch_size, self.streams, self.seed, self.step = batch_size, streams, seed, _at_least_zero("step", step)
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.workers = min(_at_least_zero("workers", workers), streams // world)
         self.single = self.manifest.single(split)
-        self._reader = Reader(self.manifest, split)
         rows = self.manifest.num_rows(split)
+        self.budget, self._damaged = _at_most("damaged", damaged, rows // 2), dict[tuple[str, str | None], Problem]()
+        self._reader = Reader(self.manifest, split, lenient=damaged > 0)
         row_bytes = sum(shard.bytes for shard in self.manifest.shards(split)) / rows
         self._order = Order.of(rows=rows, row_bytes=row_bytes, streams=streams, seed=seed)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """From `step` on: for each optimiser step this rank's `accumulate` micro batches. `step` counts what was handed out."""
-        mine = _Parts(self._reader, self._order, self._mine, self.batch_size // self.streams, _at_least_zero("step", self.step))
-        source = parts(mine, self.workers)
+        step, rows = _at_least_zero("step", self.step), self.batch_size // self.streams
+        source = parts(_Shares(self._reader, self._order, self._mine, rows, step, self.budget > 0), self.workers)
         while True:
-            share = join([next(source) for _ in range(max(1, self.workers))])
+            share = join([next(source) for _ in range(self.workers)]) if self.workers else next(source)
+            self.admit(share.damaged)
             batches = self._micro_batches(share, self.step)
             self.step += 1
             yield batches
 
+    @property
+    def damaged(self) -> tuple[Problem, ...]:
+        """The rows so far that could not be read, each once, in the order in which their turns came."""
+        return tuple(self._damaged.values())
+
+    def admit(self, problems: Sequence[Problem]) -> None:
+        """Count damaged rows: this rank's own, or those of other ranks, so that all share one budget.
+
+        Raises ValueError, naming the first, where there are more than `damaged` allows.
+        """
+        self._damaged |= {
+            (problem.shard, problem.row): problem for problem in problems if (problem.shard, problem.row) not in self._damaged
+        }
+        if len(self._damaged) > self.budget:
+            first = "; ".join(map(str, self.damaged[:NAMED]))
+            raise ValueError(
+                f"{self.manifest.folder}: expected at most {self.budget} damaged rows, got {len(self._damaged)}: {first}; "
+                "see `meme-dist shards check`, then write the shards again or allow more"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"step": self.step, **self._identity}
+        """The position, what it is a position in, and the damaged rows met on the way."""
+        return {"step": self.step, **self._identity, "damaged": [list(problem) for problem in self.damaged]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream of the same run stood. Raises ValueError, saying which, where this is another stream."""
@@ -80,6 +114,8 @@ class Stream:
                     "the same position would hold other rows: resume with what the run began with, or begin a new run"
                 )
         self.step = _at_least_zero("step", state["step"])
+        self._damaged.clear()
+        self.admit([Problem(*entries) for entries in state.get("damaged", [])])
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -108,13 +144,24 @@ class Evaluation:
 
     Rank r has the r-th contiguous share of the rows. Batches are always full: rows that observe nothing stand where a share ends early (a
     rank may have none but those). `Batch.draw` is the row's number in the split; padding rows go on counting behind the last, each its own.
-    Raises ValueError as `Stream` does.
+    Raises ValueError and OSError as `Stream` does; there is no budget for damaged rows, since each row counts.
     """
 
-    def __init__(self, folder: Path | str, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0, workers: int = 0):
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        cache: Path | str | None = None,
+    ):
         _check_rank(rank, world)
         _check_positive(batch_size=batch_size)
-        self.manifest, self.split = Manifest.load(folder), split
+        self.manifest, self.split = Manifest.load(folder, cache=cache), split
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.single = self.manifest.single(split)
         self._reader = Reader(self.manifest, split)
@@ -134,61 +181,58 @@ class Evaluation:
         for number, part in enumerate(parts(mine, self.workers)):
             draw = self._low + number * self.batch_size + np.arange(self.batch_size)
             draw = np.where(draw < self._high, draw, draw - self._high + padding)
+            part = join([part]) if self.workers else part
             yield to_batch(part, draw=draw, seed=self.seed, single=self.single, labelled=bool(self.manifest.classes))
 
 
-class _Parts(IterableDataset):
-    """What a worker does for a stream: for each step the rows of its share of the rank's virtual streams, decoded."""
+class _Shares:
+    """The work of a stream: for each step the rows of a worker's share of the rank's virtual streams."""
 
-    def __init__(self, reader: Reader, order: Order, streams: range, rows: int, step: int):
-        self.reader, self.order, self.streams, self.rows, self.step = reader, order, streams, rows, step
+    def __init__(self, reader: Reader, order: Order, streams: range, rows: int, step: int, lenient: bool):
+        self.reader, self.order, self.streams, self.step, self.lenient = reader, order, streams, step, lenient
+        self.each, self.fields = rows, reader.manifest.fields
 
-    def __iter__(self) -> Iterator[Part | Failure]:
-        info = get_worker_info()
-        if info is None:
-            yield from self._parts(self.streams)
-            return
-        share = [number * len(self.streams) // info.num_workers for number in (info.id, info.id + 1)]
-        source, failure = self._parts(self.streams[slice(*share)]), None
-        while True:
-            try:
-                part = failure or next(source)
-            except ValueError as error:
-                part = failure = Failure(str(error))
-            yield part
+    def most(self, workers: int) -> int:
+        return self.each * -(-len(self.streams) // workers)
 
-    def _parts(self, streams: range) -> Iterator[Part]:
-        sources = [self._raw(stream) for stream in streams]
-        while True:
-            rows = [next(source) for source in sources for _ in range(self.rows)]
-            yield decode(self.reader, [row for row, _ in rows], [raw for _, raw in rows])
+    def parts(self, worker: int, workers: int, rooms: Iterator[Mapping[str, Tensor] | None]) -> Iterator[Part]:
+        low, high = (number * len(self.streams) // workers for number in (worker, worker + 1))
+        sources = [self._raw(stream) for stream in self.streams[low:high]]
+        for room in rooms:
+            rows, raw = [], []
+            for source in sources:
+                more, members = next(source)
+                rows += more
+                raw += members
+            yield decode_intact(self.reader, rows, raw, self.order.seed, room) if self.lenient else decode(self.reader, rows, raw, room)
 
-    def _raw(self, stream: int) -> Iterator[tuple[int, Raw]]:
-        for rows in self.order.windows(stream, self.step * self.rows):
-            yield from zip(rows.tolist(), self.reader.read(rows), strict=True)
+    def _raw(self, stream: int) -> Iterator[tuple[list[int], list]]:
+        """What a stream gives to each step: numbers of rows, and their bytes."""
+        read = self.reader.attempt if self.lenient else self.reader.read
+        rows, raw = [], []
+        for window in self.order.windows(stream, self.step * self.each):
+            rows, raw = rows + window.tolist(), raw + read(window)
+            whole = len(rows) // self.each * self.each
+            for low in range(0, whole, self.each):
+                yield rows[low : low + self.each], raw[low : low + self.each]
+            rows, raw = rows[whole:], raw[whole:]
 
 
-class _Ranges(Dataset):
-    """What a worker does for an evaluation: batch by batch the next rows, filled up at the end."""
+class _Ranges:
+    """The work of an evaluation: batch by batch the next rows, filled up at the end. Worker w of n makes batches w, w + n, ..."""
 
     def __init__(self, reader: Reader, low: int, high: int, batch_size: int, length: int):
-        self.reader, self.low, self.high, self.batch_size, self.length = reader, low, high, batch_size, length
+        self.reader, self.low, self.high, self.length = reader, low, high, length
+        self.rows, self.fields = batch_size, reader.manifest.fields
 
-    def __len__(self) -> int:
-        return self.length
+    def most(self, workers: int) -> int:
+        return self.rows
 
-    def __getitem__(self, number: int) -> Part | Failure:
-        try:
-            return self._part(number)
-        except ValueError as error:
-            if get_worker_info() is None:
-                raise
-            return Failure(str(error))
-
-    def _part(self, number: int) -> Part:
-        start = min(self.high, self.low + number * self.batch_size)
-        rows = np.arange(start, min(self.high, start + self.batch_size))
-        return fill(decode(self.reader, rows.tolist(), self.reader.read(rows)), self.batch_size)
+    def parts(self, worker: int, workers: int, rooms: Iterator[Mapping[str, Tensor] | None]) -> Iterator[Part]:
+        for number, room in zip(range(worker, self.length, workers), rooms, strict=False):
+            start = min(self.high, self.low + number * self.rows)
+            rows = np.arange(start, min(self.high, start + self.rows))
+            yield fill(decode(self.reader, rows.tolist(), self.reader.read(rows), room), self.rows)
 
 
 def _check_rank(rank: int, world: int) -> None:
@@ -205,6 +249,12 @@ def _check_positive(**numbers: int) -> None:
 def _at_least_zero(name: str, number: int) -> int:
     if number < 0:
         raise ValueError(f"{name}: expected 0 or more, got {number}")
+    return number
+
+
+def _at_most(name: str, number: int, most: int) -> int:
+    if not 0 <= number <= most:
+        raise ValueError(f"{name}: expected 0 to {most}, half of the split's rows, got {number}")
     return number
 
 

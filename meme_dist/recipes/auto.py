@@ -1,7 +1,5 @@
 """Any shards with a manifest: networks by the kind and shape of each field. No Python to write."""
 
-from pathlib import Path
-
 from meme_dist.data.index import Manifest
 from meme_dist.evaluate import Measures
 from meme_dist.objectives.base import Objective
@@ -12,7 +10,7 @@ from meme_dist.train.training import Training
 
 def auto(
     *,
-    shards: Path,
+    shards: str,
     scale: float = 0.5,
     model: Model = Model(latent_dim=32, balance=True),
     training: Training = Training(steps=5000),
@@ -23,7 +21,8 @@ def auto(
     choose its network: convolutions for images, token convolutions for text, perceptrons for vectors and counts.
 
     Args:
-        shards: Folder with manifest.json, index and tar files.
+        shards: Folder with manifest.json, index and tar files; or an address of one (s3://bucket/set), or several of either by a brace
+            pattern (/data/mine-{000..003}).
         scale: Scale of Normal and Laplace likelihoods: fixed for images (pixels in [0, 1]), the start of a learned one for vectors.
         model: The objective and its size.
         training: How long and how fast.

@@ -28,7 +28,7 @@ class Recipe:
     build: Callable[[Manifest], Objective]  # the objective with its networks, from the fields of the manifest
     training: Training
     dataset: Dataset | None = None
-    shards: Path | None = None
+    shards: Path | str | None = None
     measures: Measures = Measures()
     judge: Build = small_network  # the classifiers' networks
 

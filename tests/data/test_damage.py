@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from meme_dist.data.fields import Field
-from meme_dist.data.index import TAR_BLOCK, Manifest, digest
+from meme_dist.data.index import TAR_BLOCK, Manifest, digest, padded
 from meme_dist.data.shards import Row, check_shards, write_shards
 from meme_dist.data.stream import Evaluation, Stream
 from tests.data.tiny import FIELDS, SIZES, dataset, datum
@@ -133,13 +134,50 @@ def pickled_member(folder: Path) -> None:
     rewrite(folder / BROKEN, without="00000012.picture.npy", extra=("00000012.picture.pkl", pickle.dumps(Bomb())))
 
 
+def duplicated_member(folder: Path) -> None:
+    """The same name twice, the second time with another content: which one would win is the reader's whim."""
+    with tarfile.open(folder / BROKEN, "a") as tar:
+        info = tarfile.TarInfo("00000012.picture.npy")
+        info.size = 728
+        tar.addfile(info, io.BytesIO(b"x" * 728))
+
+
+def name_that_leaves_the_folder(folder: Path) -> None:
+    rewrite(folder / BROKEN, rename=("00000012.picture.npy", "../../canary"))
+
+
+def oversized_member(folder: Path) -> None:
+    """A header that promises 8 GB, in a shard as long as ever: nobody may ask for that much memory."""
+    path = folder / BROKEN
+    place, data = member(folder, 12, "picture")[0] - TAR_BLOCK, bytearray(path.read_bytes())
+    data[place + 124 : place + 136] = b"77777777777\0"
+    header = data[place : place + TAR_BLOCK]
+    header[148:156] = b" " * 8
+    data[place + 148 : place + 156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data)
+
+
+def wrong_shape(folder: Path) -> None:
+    """A well-formed array of another shape, as long as the right one."""
+    out = io.BytesIO()
+    np.save(out, np.zeros((1, 30, 20), dtype=np.uint8))
+    begin, size = member(folder, 12, "picture")
+    assert len(out.getvalue()) == size
+    data = bytearray((folder / BROKEN).read_bytes())
+    data[begin : begin + size] = out.getvalue()
+    (folder / BROKEN).write_bytes(data)
+
+
 class Bomb:
-    """Leaves a trace if anybody unpickles it."""
+    """Leaves a trace if anybody unpickles it: in this process, and a file that a worker process would leave too."""
 
     fired: list[str] = []
 
+    def __init__(self, canary: Path | None = None):
+        self.canary = canary
+
     def __reduce__(self) -> tuple:
-        return (Bomb.fired.append, ("fired",))
+        return (Bomb.fired.append, ("fired",)) if self.canary is None else (os.mkdir, (str(self.canary),))
 
 
 ONE_MEMBER = "row 00000012, modality picture: expected '00000012.picture.npy' of 728 bytes"
@@ -160,6 +198,10 @@ DAMAGES = {
     empty_shard: f"{BROKEN}",
     swapped_shards: "train-00000",
     pickled_member: f"{BROKEN}, row 00000012, modality picture: expected no member '00000012.picture.pkl'",
+    duplicated_member: f"{BROKEN}, row 00000012, modality picture: expected no member '00000012.picture.npy' a second time, got 728 bytes",
+    name_that_leaves_the_folder: f"{BROKEN}: expected no member '../../canary', got 728 bytes",
+    oversized_member: f"{BROKEN}, {ONE_MEMBER}, got a tar that ends or breaks here",
+    wrong_shape: f"{BROKEN}, {ONE_MEMBER} with checksum",
 }
 
 
@@ -292,7 +334,7 @@ def test_a_manifest_cannot_make_anybody_run_a_command_or_leave_the_folder(folder
         edit(folder, lambda content, file=file: content["splits"]["train"]["shards"][1].update(file=file))
         with pytest.raises(ValueError, match="expected the name of a file in the folder"):
             Manifest.load(folder)
-    with pytest.raises(ValueError, match="found no manifest.json"):
+    with pytest.raises(ValueError, match="expected a folder or an address .* no command is ever run"):
         Stream(f"pipe:touch {trace}", "train", batch_size=4, seed=0)
     assert not trace.exists()
 
@@ -300,3 +342,27 @@ def test_a_manifest_cannot_make_anybody_run_a_command_or_leave_the_folder(folder
 def test_an_unknown_split_is_an_error_that_lists_the_known_ones(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a split among \['train', 'test'\], got 'valid'"):
         Stream(folder, "valid", batch_size=4, seed=0)
+
+
+def test_a_row_that_is_resealed_with_a_pickle_is_refused_by_its_field_in_workers_and_budgets_too(folder: Path, tmp_path: Path) -> None:
+    """Index and manifest agree with the bytes: only the codec is left to refuse them."""
+    canary = tmp_path / "canary"
+    begin, size = member(folder, 12, "picture")
+    payload = io.BytesIO()
+    np.lib.format.write_array(payload, np.array([Bomb(canary)], dtype=object), allow_pickle=True)
+    data = bytearray((folder / BROKEN).read_bytes())
+    data[begin : begin + size] = payload.getvalue().ljust(size, b"\0")
+    (folder / BROKEN).write_bytes(data)
+    records = np.load(folder / "train.index.npy")
+    records["crc"][12, list(FIELDS).index("picture")] = zlib.crc32(data[begin - TAR_BLOCK : begin + padded(size)])
+    np.save(folder / "train.index.npy", records)
+    sha256 = hashlib.sha256((folder / "train.index.npy").read_bytes()).hexdigest()
+    edit(folder, lambda content: content["splits"]["train"].update(index_sha256=sha256))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=f"{BROKEN}, row 00000012, modality picture: "):
+            list(Evaluation(folder, "train", batch_size=4, workers=workers))
+        stream = Stream(folder, "train", batch_size=23, seed=0, damaged=1, workers=workers)
+        assert len(next(iter(stream))[0].draw) == 23 and [problem.row for problem in stream.damaged] == ["00000012"]
+    assert not check_shards(folder).ok and Bomb.fired == [] and not canary.exists()
+    pickle.loads(pickle.dumps(Bomb(canary)))
+    assert canary.exists()  # the bomb is real
