@@ -7,24 +7,21 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor
 
-from meme_dist import figures
 from meme_dist.classifiers import Classifier, trained_classifiers
 from meme_dist.data.index import Manifest
 from meme_dist.data.stream import Evaluation
 from meme_dist.evaluate import alone, measure
-from meme_dist.metrics.generation import joint_generations
 from meme_dist.objectives.base import Objective
 from meme_dist.progress import stage
+from meme_dist.ranks import ALONE, Processes
 from meme_dist.recipes.base import Recipe
 from meme_dist.record import write_json
 from meme_dist.report import FIGURES, RESULTS, illustrate, tables, write_report
 from meme_dist.stored import Stored
 
 EVALUATION_ROWS = 256  # of a batch, on each rank
-SHOWN = 12  # draws in a picture
 GRID = Path(FIGURES) / "cross_generation.png"
 
 
@@ -95,22 +92,16 @@ def assess(
     console.print(f"\ngrid    {folder / GRID}\nreport  {report}", soft_wrap=True)
 
 
-def assess_stored(stored: Stored, cache: Path, *, seed: int | None, judges: Manifest | None = None, console: Console) -> None:
-    """The full evaluation of a run that was trained earlier, in this one process; classifiers from the rows of `judges`, or its own."""
+def assess_stored(
+    stored: Stored, cache: Path, *, seed: int | None, judges: Manifest | None = None, processes: Processes = ALONE, console: Console
+) -> None:
+    """The full evaluation of a run that was trained earlier; classifiers from the rows of `judges`, or its own. Collective."""
     measures = stored.recipe.measures if seed is None else replace(stored.recipe.measures, seed=seed)
     recipe = replace(stored.recipe, measures=measures)
-    classifiers = classifiers_of(recipe, judges or stored.manifest, cache, console=console)
-    assess(stored.objective, recipe, stored.manifest, stored.folder, classifiers, step=stored.step, place=Place(), console=console)
-
-
-def save_draws(stored: Stored, folder: Path, *, num: int, seed: int) -> list[Path]:
-    """New rows from the prior: all of them as safetensors, the first as a picture. Raises ValueError for a folder that exists."""
-    if num < 1:
-        raise ValueError(f"num: expected at least 1, got {num}")
-    if folder.exists():
-        raise ValueError(f"{folder}: exists already, and nothing is overwritten; choose another folder (--out) or seed (--seed)")
-    draws = joint_generations(stored.objective, num, seed=seed)
-    folder.mkdir(parents=True)
-    save_file({name: x.contiguous() for name, x in draws.items()}, folder / "draws.safetensors")
-    figures.joint_grid(folder / "draws.png", stored.manifest.fields, {name: x[:SHOWN] for name, x in draws.items()})
-    return [folder / "draws.png", folder / "draws.safetensors"]
+    classifiers: dict[str, Classifier] = {}
+    for turn in (True, False):  # rank 0 trains the classifiers and stores them, then the others find them there
+        with processes.agreed():
+            if processes.is_main == turn:
+                classifiers = classifiers_of(recipe, judges or stored.manifest, cache, console=console, visible=turn)
+    place = Place(processes.rank, processes.world, processes.reduce)
+    assess(stored.objective, recipe, stored.manifest, stored.folder, classifiers, step=stored.step, place=place, console=console)

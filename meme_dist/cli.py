@@ -1,4 +1,4 @@
-"""The command line: `meme-dist train | evaluate | generate | impute | shards | recipes | doctor`.
+"""The command line: `meme-dist train | evaluate | generate | impute | export | shards | recipes | doctor`.
 
 A recipe's keywords are its flags. Everything heavy is imported by the command that needs it, so that `--help` answers at once.
 """
@@ -30,6 +30,7 @@ Multimodal VAEs by mutual supervision: train on rows with missing modalities, ge
   evaluate RUN          measure a run again                       {PROGRAM} evaluate runs/NAME
   generate RUN          draw new rows                             {PROGRAM} generate runs/NAME --num 64
   impute RUN            fill in what is missing                   {PROGRAM} impute runs/NAME --shards FOLDER --out FOLDER
+  export RUN            its weights as one safetensors file       {PROGRAM} export runs/NAME --out FILE
   shards write RECIPE   write a data set as tar shards            {PROGRAM} shards write digits --out FOLDER
   shards check FOLDER   read every byte of a folder of shards     {PROGRAM} shards check FOLDER
   recipes               what there is to train
@@ -64,6 +65,7 @@ def _command(words: list[str]) -> int:
         "evaluate": evaluate,
         "generate": generate,
         "impute": impute,
+        "export": export,
         "shards": shards,
         "recipes": recipes,
         "doctor": doctor,
@@ -90,17 +92,22 @@ def chosen(word: str, known: Sequence[str], what: str, where: str) -> str:
 
 
 def train(words: list[str]) -> int:
-    """`train RECIPE ...`, `train --resume RUN`, `train --like RUN ...`."""
+    """`train RECIPE ...`, `train --resume RUN`, `train --like RUN ...`; status 75 where it was told to stop, and saved."""
     if not words or words[0] in ("-h", "--help"):
         return _train_help()
     from meme_dist import run
+    from meme_dist.train.signals import SAVED
 
     name, known = _recipe_and_defaults(words)
     rest = words if words[0].startswith("-") else words[1:]
     where, arguments = _recipe_flags(name, known, rest, run.Where, f"{PROGRAM} train {name}")
-    folder = run.train(name, arguments, where, console=Console(highlight=False))
-    assert folder.name
-    return 0
+    console = Console(highlight=False)
+    if where.dry_run is not None:
+        from meme_dist.rehearsal import rehearse
+
+        rehearse(name, arguments, where, where.dry_run, console=console)
+        return 0
+    return 0 if run.train(name, arguments, where, console=console) else SAVED
 
 
 def _train_help() -> int:
@@ -188,9 +195,13 @@ def evaluate(words: list[str]) -> int:
         """
         from meme_dist.assess import assess_stored
 
-        judges = None if judge is None else _stored(judge, checkpoint).manifest
-        assess_stored(_stored(run, checkpoint), data / "classifiers", seed=seed, judges=judges, console=Console(highlight=False))
-        return 0
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            judges = None if judge is None else _stored(judge, checkpoint, processes).manifest
+            console = Console(highlight=False)
+            assess_stored(stored, data / "classifiers", seed=seed, judges=judges, processes=processes, console=console)
+
+        return _together(work)
 
     return _parsed(command, words, "evaluate")
 
@@ -210,12 +221,16 @@ def generate(words: list[str]) -> int:
             seed: Seed of the draws.
             checkpoint: The last weights, or those with the lowest held-out loss.
         """
-        from meme_dist.assess import save_draws
+        from meme_dist.draws import save_draws
 
-        stored = _stored(run, checkpoint)
-        for path in save_draws(stored, out or stored.folder / f"generated-{seed}", num=num, seed=seed):
-            print(path)
-        return 0
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            folder = out or stored.folder / f"generated-{seed}"
+            for path in save_draws(stored, folder, num=num, seed=seed, processes=processes):
+                if processes.is_main:
+                    print(path)
+
+        return _together(work)
 
     return _parsed(command, words, "generate")
 
@@ -223,35 +238,71 @@ def generate(words: list[str]) -> int:
 def impute(words: list[str]) -> int:
     """`impute RUN --shards FOLDER --out FOLDER`."""
 
-    def command(
-        run: tyro.conf.Positional[str], shards: Path, out: Path, seed: int = 0, checkpoint: Literal["last", "best"] = "last"
-    ) -> int:
+    def command(run: tyro.conf.Positional[str], shards: str, out: Path, seed: int = 0, checkpoint: Literal["last", "best"] = "last") -> int:
         """Fill in the missing modalities of every row: new shards with the same rows, in the same order, complete.
 
         Args:
             run: Name of the run, or the path of its folder.
-            shards: Folder of shards with the modalities that the run was trained on.
+            shards: Folder, or address, of shards with the modalities that the run was trained on.
             out: New folder for the completed shards.
             seed: Seed of the draws; another one gives other plausible completions.
             checkpoint: The last weights, or those with the lowest held-out loss.
         """
         from meme_dist.impute import impute
 
-        stored = _stored(run, checkpoint)
-        for split, filled in impute(stored.objective, stored.manifest.fields, shards, out, seed=seed).items():
-            print(f"{out}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
-        return 0
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            for split, filled in impute(stored.objective, stored.manifest.fields, shards, out, seed=seed, processes=processes).items():
+                if processes.is_main:
+                    print(f"{out}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
+
+        return _together(work)
 
     return _parsed(command, words, "impute")
 
 
-def _stored(run: str, checkpoint: str):
-    from meme_dist import stored
-    from meme_dist.run import ranks, run_folder
+def export(words: list[str]) -> int:
+    """`export RUN --out FILE`."""
 
-    if (world := ranks().world) > 1:
-        raise ValueError(f"this command runs in one process, {world} were launched; start it without a launcher")
-    return stored.load(run_folder(run), checkpoint=checkpoint)
+    def command(run: tyro.conf.Positional[str], out: Path, checkpoint: Literal["last", "best"] = "last", averaged: bool = True) -> int:
+        """Write a trained run's weights as one safetensors file, whichever engine and however many processes trained it.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            out: New file.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+            averaged: The moving average of the weights, where the run has one.
+        """
+        from meme_dist.run import run_folder
+        from meme_dist.train.checkpoint import export as write
+
+        step = write(run_folder(run) / "checkpoints" / checkpoint, out, averaged=averaged)
+        print(f"{out}: the weights of step {step}")
+        return 0
+
+    return _parsed(command, words, "export")
+
+
+def _together(work: Callable[[Any], None]) -> int:
+    """Do one thing on every process that a launcher started; 2 where another one failed, which says why."""
+    from meme_dist.ranks import Elsewhere, joined
+    from meme_dist.run import ranks
+
+    try:
+        with joined(*ranks()) as processes:
+            work(processes)
+    except Elsewhere:
+        return 2
+    return 0
+
+
+def _stored(run: str, checkpoint: str, processes: Any):
+    from meme_dist import stored
+    from meme_dist.run import run_folder
+
+    with processes.agreed():
+        found = stored.load(run_folder(run), checkpoint=checkpoint, device=processes.device)
+    return found
 
 
 def _parsed(command: Callable[..., int], words: Sequence[str], name: str) -> int:

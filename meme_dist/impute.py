@@ -4,16 +4,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from meme_dist.data.collate import decode, fill, to_batch
 from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
-from meme_dist.data.shards import Dataset, Row, write_shards
-from meme_dist.data.stream import Evaluation
+from meme_dist.data.reader import Reader
+from meme_dist.data.shards import Dataset, Row, write_shards_together
 from meme_dist.metrics.generation import imputations
 from meme_dist.objectives.base import Objective
+from meme_dist.ranks import ALONE, Processes
 from meme_dist.types import Batch
 
 ROWS = 256  # of a batch
@@ -27,25 +30,27 @@ class Filled(NamedTuple):
     filled: int
 
 
-def impute(objective: Objective, fields: Mapping[str, Field], shards: Path, out: Path, *, seed: int = 0) -> dict[str, Filled]:
+def impute(
+    objective: Objective, fields: Mapping[str, Field], shards: Path | str, out: Path, *, seed: int = 0, processes: Processes = ALONE
+) -> dict[str, Filled]:
     """Write the rows of `shards` into new shards `out`, every missing entry filled in; each row once, in order, with its key and label.
 
     An entry that is there is copied as it is. A missing one becomes the likelihood's mean at one draw of q(z | what the row observes):
     other seeds give other plausible completions. What was missing stands in the index of `shards`: the same row there lacks the member.
+    Collective: each process fills in shards of its own, and `out` is the same, byte by byte, for any number of them.
     Raises ValueError where the shards' fields are not those that the model was trained on, and for an `out` that holds something else.
     """
-    manifest = Manifest.load(shards)
-    check_fields(manifest, fields)
-    source = {"imputed": str(shards.resolve()), "rows": manifest.fingerprint, "seed": seed}
-    rows = _Rows(objective, manifest, seed)
-    write_shards(
-        Dataset(f"{manifest.name}_imputed", manifest.fields, rows, manifest.classes, source),
-        out,
-        rows_per_shard=manifest.rows_per_shard,
-        splits=list(manifest.splits),
-    )
-    counts = {name: (split.rows, sum(split.present.values())) for name, split in manifest.splits.items()}
-    return {name: Filled(rows, there, rows * len(fields) - there) for name, (rows, there) in counts.items()}
+    with processes.agreed():
+        manifest = Manifest.load(shards)
+        check_fields(manifest, fields)
+        filled = _Rows(objective, manifest, seed)
+        source = {"imputed": manifest.address, "rows": manifest.fingerprint, "seed": seed}
+        dataset = Dataset(f"{manifest.name}_imputed", manifest.fields, filled, manifest.classes, source)
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    rows_per_shard = manifest.rows_per_shard
+    write_shards_together(dataset, out, part=filled.part, rows=rows, rows_per_shard=rows_per_shard, processes=processes)
+    there = {name: sum(split.present.values()) for name, split in manifest.splits.items()}
+    return {name: Filled(rows[name], there[name], rows[name] * len(fields) - there[name]) for name in rows}
 
 
 def check_fields(manifest: Manifest, fields: Mapping[str, Field]) -> None:
@@ -63,21 +68,41 @@ def check_fields(manifest: Manifest, fields: Mapping[str, Field]) -> None:
 
 
 class _Rows:
-    """`Dataset.rows` of the filled-in set: reads, infers and decodes batch by batch, so that memory does not grow with the rows."""
+    """`Dataset.rows` of the filled-in set, and any part of them: batch by batch, so that memory does not grow with the rows.
+
+    A part is cut into batches from its own first row, each filled up to the same size: what a row is filled in with may differ in the
+    last bit by the rows around it, and is the same for the same part whoever asks for it.
+    """
 
     def __init__(self, objective: Objective, manifest: Manifest, seed: int):
         self.objective, self.manifest, self.seed = objective, manifest, seed
+        self._readers: dict[str, Reader] = {}
 
     def __call__(self, split: str) -> Iterator[Row]:
-        left = self.manifest.num_rows(split)  # the last batch is filled up with rows that are none
-        for batch in Evaluation(self.manifest.folder, split, batch_size=min(ROWS, left), seed=self.seed):
-            columns = self._filled(batch)
-            for row in range(min(left, len(batch.observed))):
+        rows, size = self.manifest.num_rows(split), self.manifest.rows_per_shard
+        for start in range(0, rows, size):
+            yield from self.part(split, range(start, min(rows, start + size)))
+
+    def part(self, split: str, rows: range) -> Iterator[Row]:
+        size = min(ROWS, self.manifest.rows_per_shard, self.manifest.num_rows(split))
+        for start in range(rows.start, rows.stop, size):
+            mine = np.arange(start, min(rows.stop, start + size))
+            batch = self._batch(split, mine, size)
+            columns = self._columns(batch)
+            for row in range(len(mine)):
                 label = -1 if batch.label is None else int(batch.label[row])
                 yield Row({name: column[row] for name, column in columns.items()}, None if label < 0 else label)
-            left -= len(batch.observed)
 
-    def _filled(self, batch: Batch) -> dict[str, Tensor]:
+    def _batch(self, split: str, rows: np.ndarray, size: int) -> Batch:
+        """These rows, and behind them rows that observe nothing."""
+        if split not in self._readers:
+            self._readers[split] = Reader(self.manifest, split)
+        reader, manifest = self._readers[split], self.manifest
+        part = fill(decode(reader, rows.tolist(), reader.read(rows)), size)
+        draw = np.concatenate([rows, manifest.num_rows(split) + np.arange(size - len(rows))])
+        return to_batch(part, draw=draw, seed=self.seed, single=manifest.single(split), labelled=bool(manifest.classes))
+
+    def _columns(self, batch: Batch) -> dict[str, Tensor]:
         made = imputations(self.objective, batch)
         return {
             name: storable(field, _either(there, batch.dense(name), made[name][0]))

@@ -28,6 +28,7 @@ from meme_dist.assess import EVALUATION_ROWS, Place, assess, classifiers_of, eva
 from meme_dist.classifiers import Classifier
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
+from meme_dist.data.source import absolute
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
@@ -37,6 +38,8 @@ from meme_dist.progress import shown, stage
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import flatten
+from meme_dist.train.heartbeat import Heart
+from meme_dist.train.signals import Stop
 from meme_dist.train.trainer import Trainer
 from meme_dist.types import Batch, Sums
 
@@ -67,6 +70,8 @@ class Where:
     """Start a new run with the recipe and the keywords of this one (name or path)."""
     data: Path = DATA
     """Folder in which shards and classifiers are written, once for each data set."""
+    dry_run: int | None = None
+    """Train nothing: say what the training would take on this many processes, in memory, traffic and time, under each engine."""
     evaluate: bool = True
     """Measure coherence on the way and everything at the end; without it, `meme-dist evaluate RUN` can do it later."""
 
@@ -84,6 +89,7 @@ class WriteTo:
 class Prepared(NamedTuple):
     """All that is there before the first step."""
 
+    name: str
     recipe: Recipe
     keywords: Mapping[str, Any]
     manifest: Manifest
@@ -108,36 +114,52 @@ def run_folder(name: str) -> Path:
 # ---- training ---------------------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Console) -> Path:
-    """Train a recipe with these keywords and evaluate it; returns the run's folder.
+def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Console) -> bool:
+    """Train a recipe with these keywords and evaluate it; False where it was told to stop (SIGTERM, SIGUSR1) and saved before the end.
 
     Raises ValueError for an existing run folder without `resume`, and for a resumed run whose recipe or keywords changed.
     """
     started = ranks()
     prepared = prepare(name, arguments, where, started, console=console)
-    objective = initial_objective(prepared)
-    trainer = build_trainer(objective, prepared, started)
+    with Stop() as stop:
+        return train_prepared(prepared, where, started, stop, console=console)
+
+
+def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop, *, console: Console) -> bool:
+    """The training itself, from the objective to the report; False where it was stopped before its last step."""
+    heart = Heart(prepared.folder, rank=started.rank, world=started.world)
+    trainer = build_trainer(initial_objective(prepared.recipe, prepared.manifest), prepared, started, stop=stop, heart=heart)
     if trainer.is_main:
-        console.print(f"{prepared.folder}: {name}, {described(prepared.manifest)}", soft_wrap=True)
+        about = f"{prepared.folder}: {prepared.name}, {described(prepared.manifest)}, {trainer.engine.name} on {trainer.world}"
+        console.print(about, soft_wrap=True)
     if where.resume is not None and not trainer.resume() and trainer.is_main:
         console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
     watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
     training = prepared.recipe.training
-    for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
-        last = report.step == training.steps
-        if last or report.step % training.evaluate_every == 0:
-            watch.evaluate()
-        if last or report.step % training.save_every == 0:
-            trainer.save(wait=False)
-    if where.evaluate:
+    with heart:
+        for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
+            last = report.step == training.steps
+            if last or report.step % training.evaluate_every == 0 and not trainer.stopping:
+                with heart.resting():
+                    watch.evaluate()
+            if last or report.step % training.save_every == 0:
+                trainer.save(wait=False)
+    done = trainer.step == training.steps
+    if not done:
+        trainer.save()
+    if where.evaluate and done:
         watch.measure()
     trainer.close()
-    return prepared.folder
+    if not done and trainer.is_main:
+        console.print(f"{prepared.folder}: stopped and saved at step {trainer.step}; go on with --resume {prepared.folder}", soft_wrap=True)
+    return done
 
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
     """Write what has to be there before training: shards, and the run's folder with its run.json. Rank 0 writes, the others wait."""
     keywords, folder = flatten(arguments), _folder(name, where)
+    if "shards" in keywords:  # a run must find them from any folder
+        keywords["shards"] = absolute(keywords["shards"])
     if where.resume is not None:
         record.check_unchanged(folder, record.load(folder), name, keywords)
     elif started.rank == 0 and folder.exists():  # before an hour of writing shards
@@ -145,8 +167,8 @@ def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Rank
     recipe = RECIPES[name](**arguments)
     manifest = shards_of(recipe, where.data, started, console=console)
     if where.resume is None and started.rank == 0:
-        record.create(folder, record.describe(name, keywords, manifest.folder, world=started.world))
-    return Prepared(recipe, keywords, manifest, folder)
+        record.create(folder, record.describe(name, keywords, manifest.address, world=started.world))
+    return Prepared(name, recipe, keywords, manifest, folder)
 
 
 def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -> Manifest:
@@ -165,17 +187,17 @@ def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -
         return write_shards(recipe.dataset, folder)
 
 
-def initial_objective(prepared: Prepared) -> Objective:
+def initial_objective(recipe: Recipe, manifest: Manifest) -> Objective:
     """The objective as training begins, the same on every rank: weights from the seed, pseudo-inputs from the first training rows."""
-    manifest, seed = prepared.manifest, prepared.recipe.training.seed
+    seed = recipe.training.seed
     torch.manual_seed(seed)
-    objective = prepared.recipe.build(manifest)
+    objective = recipe.build(manifest)
     rows = min(INITIAL_ROWS, manifest.num_rows("train"))
     objective.initialise(next(iter(Evaluation(manifest.folder, "train", batch_size=rows, seed=seed))))
     return objective
 
 
-def build_trainer(objective: Objective, prepared: Prepared, started: Ranks) -> Trainer:
+def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, stop: Stop, heart: Heart) -> Trainer:
     """Stream and trainer; raises ValueError where the ranks disagree about what to train."""
     manifest, training = prepared.manifest, prepared.recipe.training
     stream = Stream(
@@ -183,13 +205,14 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks) -> T
         "train",
         batch_size=training.batch_size,
         seed=training.seed,
-        rank=started.rank,
-        world=started.world,
+        rank=started.rank // training.members,  # the members of a group see the same rows
+        world=max(1, started.world // training.members),
         accumulate=training.accumulate,
         workers=training.workers,
+        damaged=training.damaged,
     )
     own = {name: value for name, value in prepared.keywords.items() if name not in {*vars(training), *record.PLACES}}
-    return Trainer(objective, stream, training, folder=prepared.folder, configuration=own)
+    return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, stop=stop, heart=heart)
 
 
 def described(manifest: Manifest) -> str:

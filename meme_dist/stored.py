@@ -32,8 +32,8 @@ def arguments_of(folder: Path) -> tuple[str, dict[str, Any]]:
     return saved.recipe, unflatten(RECIPES[saved.recipe], saved.keywords)
 
 
-def load(folder: Path, *, checkpoint: str = "last") -> Stored:
-    """The model of a run, with its averaged weights where it has some, on a GPU if there is one.
+def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None = None) -> Stored:
+    """The model of a run, with its averaged weights where it has some, on `device`: by default a GPU if there is one.
 
     Raises ValueError where there is no such run or checkpoint, where the shards have gone, or where the weights are another model's.
     """
@@ -46,5 +46,5 @@ def load(folder: Path, *, checkpoint: str = "last") -> Stored:
         step = load_weights(objective, folder / "checkpoints" / checkpoint)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; train it further: meme-dist train --resume {folder}") from None
-    objective.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    objective.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return Stored(objective, recipe, manifest, folder, step)

@@ -157,6 +157,21 @@ def test_a_new_run_takes_the_settings_of_an_old_one(home: Path) -> None:
     assert changed == {"seed", "steps"} and first["recipe"] == second["recipe"]
 
 
+def test_a_dry_run_prices_every_engine_and_trains_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in (home / "runs").iterdir())
+    assert main(["train", *LINEAR, "--batch-size", "64", "--dry-run", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {
+        line.split()[0]: line.split()
+        for line in lines
+        if line.split()[:1] and line.split()[0] in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    }
+    assert len(table) == 5 and table["ddp"][1:3] == table["zero1"][1:3] and table["ddp"][1] != table["zero3"][1]
+    assert any("64 rows: 4 ranks x 1 x 16" in line for line in lines)
+    assert sorted(path.name for path in (home / "runs").iterdir()) == before
+    assert main(["train", *LINEAR, "--batch-size", "62", "--dry-run", "4"]) == 2
+
+
 def test_shards_written_by_a_recipe_pass_the_check_and_a_flipped_byte_does_not(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "write", "linear_gaussian", "--rows-in-all", "20", "--out", "written"]) == 0
     assert main(["shards", "check", "written"]) == 0
@@ -329,6 +344,8 @@ def test_two_launched_processes_write_one_run_and_train_the_same_weights_as_one(
     assert json.loads(Path("runs/pair/run.json").read_text())["machine"]["processes"] == 2
     assert done.stdout.count("report.md") == 1 and len(list(Path("pair_data").glob("linear_gaussian-*"))) == 1
     assert main(["train", *settings, "--run", "single", "--no-evaluate"]) == 0
-    one, two = (load_file(f"runs/{run}/checkpoints/last/model.safetensors") for run in ("single", "pair"))
+    for run in ("single", "pair"):
+        assert main(["export", run, "--out", f"{run}.safetensors"]) == 0
+    one, two = (load_file(f"{run}.safetensors") for run in ("single", "pair"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

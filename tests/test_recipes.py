@@ -70,7 +70,7 @@ def any_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def needed(name: str, any_shards: Path) -> dict[str, Any]:
     """The keywords without a default."""
-    return {"shards": any_shards} if name == "auto" else dict(NEEDED.get(name.partition(":")[0], {}))
+    return {"shards": str(any_shards)} if name == "auto" else dict(NEEDED.get(name.partition(":")[0], {}))
 
 
 def tiny(name: str, any_shards: Path) -> Recipe:

@@ -13,7 +13,7 @@ from meme_dist.train.signals import Stop
 from meme_dist.train.spikes import SpikeDetector
 from meme_dist.train.trainer import NonFiniteError, Trainer, Training
 from tests.ranks import run_ranks
-from tests.trainings import Rows, build, mixed, weights
+from tests.trainings import SHARDED, Rows, build, mixed, shards, stream, weights
 
 BATCH = 8
 
@@ -173,3 +173,39 @@ def told(rank: int, world: int, folder: Path) -> tuple[int, bool]:
 
 def test_when_one_rank_is_told_to_stop_all_stop_after_the_same_step(tmp_path: Path) -> None:
     assert run_ranks(told, 2, tmp_path) == [(3, True), (3, True)]
+
+
+# ---- rows that cannot be read -----------------------------------------------------------------------------------------------------------
+
+
+def on_damaged_shards(rank: int, world: int, folder: Path, until: int) -> tuple[list[float], list[str]]:
+    """Two rows of the shards were altered; each rank meets those of its own share."""
+    training = Training(steps=12, batch_size=16, damaged=2, log_every=1)
+    rows = stream(folder / "shards", batch_size=16, rank=rank, world=world, damaged=2)
+    trainer = Trainer(build(SHARDED), rows, training, folder=folder / "run")
+    trainer.resume()
+    losses = []
+    for report in trainer:
+        losses.append(report.loss)
+        if report.step == until:
+            break
+    trainer.save()
+    trainer.close()
+    return losses, sorted(problem.row or "" for problem in rows.damaged)
+
+
+def test_damaged_rows_are_passed_over_and_known_to_all_ranks_and_to_the_resumed_run(tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        shards(tmp_path / name / "shards")
+        path = tmp_path / name / "shards" / "train-000001.tar"
+        content = bytearray(path.read_bytes())
+        for place in (700, len(content) // 2):
+            content[place] ^= 1
+        path.write_bytes(content)
+    losses, rows = on_damaged_shards(0, 1, tmp_path / "whole", 12)
+    assert len(rows) == 2  # an epoch is 6 steps
+    first = run_ranks(on_damaged_shards, 2, tmp_path / "parts", 8)
+    assert first[0][1] == first[1][1] == rows
+    rest, again = on_damaged_shards(0, 1, tmp_path / "parts", 12)
+    assert again == rows and first[0][0] + rest == pytest.approx(losses, rel=1e-5)
+    assert sum("another row stands in for one that cannot be read" in note for note in notes(tmp_path / "whole" / "run")) == 2

@@ -9,6 +9,7 @@ from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch
 
+CHUNK = 64  # draws from the prior that are decoded together
 Grid = dict[tuple[str, str], Shaped[Tensor, "K R *event"]]
 
 
@@ -32,10 +33,19 @@ def cross_generations(objective: Objective, batch: Batch, *, samples: int = 1, p
     return grid
 
 
-def joint_generations(objective: Objective, num: int, *, seed: int = 0) -> dict[str, Shaped[Tensor, "R *event"]]:
-    """All modalities of `num` draws from the prior."""
+def joint_generations(objective: Objective, num: int, *, seed: int = 0, first: int = 0) -> dict[str, Shaped[Tensor, "R *event"]]:
+    """All modalities of the draws `first` to `first + num` from the prior, on the CPU; draw i is the same, bit by bit, in any range.
+
+    CHUNK draws are decoded at a time and the last chunk is cut: how a product of matrices is rounded may depend on the number of rows.
+    """
+    chunks = [_chunk(objective, number, seed) for number in range(first // CHUNK, -(-(first + num) // CHUNK))]
+    start = first % CHUNK
+    return {name: torch.cat([chunk[name] for chunk in chunks])[start : start + num] for name in objective.modalities}
+
+
+def _chunk(objective: Objective, number: int, seed: int) -> dict[str, Shaped[Tensor, "R *event"]]:
     with evaluating(objective):
-        draw = torch.arange(num, device=device_of(objective))
+        draw = torch.arange(number * CHUNK, (number + 1) * CHUNK, device=device_of(objective))
         z = objective.prior().sample(Noise(seed, draw), "joint generation", 1)[0]
         return {name: objective.modality(name).reconstruct(z).cpu() for name in objective.modalities}
 

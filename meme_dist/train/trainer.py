@@ -101,7 +101,7 @@ class Trainer:
         self._log = Log(self.folder, self.accelerator)
         self._logged = (0, time.perf_counter())  # step and time of the last log
         self._spikes = SpikeDetector()
-        self._skipped = self._gone_back = 0
+        self._skipped = self._gone_back = self._told = 0
 
     @property
     def rank(self) -> int:
@@ -340,6 +340,7 @@ class Trainer:
 
     def _write(self, folder: Path, extra: Mapping[str, Any], *, wait: bool, keep: int) -> None:
         self._require_live_weights()
+        self._share_damage()
         random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}  # one row a rank
         stream = {**self.stream.state_dict(), "step": self.step + self.passed}  # what was consumed, however far a loader has read ahead
         counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back, "spikes": self._spikes.state_dict()}
@@ -347,6 +348,20 @@ class Trainer:
         self._keeper.save(folder, state, average=self._average, random=random, keep=keep)
         if wait:
             self.settle()
+
+    def _share_damage(self) -> None:
+        """Rows that could not be read, on every rank's list: each rank reads its own share, and a resumed run may cut it otherwise."""
+        stream: Any = self.stream
+        if not self.training.damaged:
+            return
+        lists: list[Any] = [list(stream.damaged)]
+        if self.world > 1:
+            lists *= self.world
+            torch.distributed.all_gather_object(lists, list(stream.damaged))
+        stream.admit([problem for each in lists for problem in each])
+        for problem in stream.damaged[self._told :]:
+            self._log.note(self.step, f"another row stands in for one that cannot be read: {problem}")
+        self._told = len(stream.damaged)
 
     def _restore(self, folder: Path, saved: checkpoint.Checkpoint) -> None:
         state = saved.state

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 # What may change between a run and its continuation: when it is looked at, and how the work is laid out on a machine. (Micro batches and
 # ranks change sums by rounding alone; `steps` is free as long as the schedule does not read it.)
-FREE = ("log_every", "evaluate_every", "save_every", "keep", "skips", "rollbacks", "workers", "accumulate", "members")
+FREE = ("log_every", "evaluate_every", "save_every", "keep", "damaged", "skips", "rollbacks", "workers", "accumulate", "members")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Training:
     """Steps between two checkpoints."""
     keep: int = 2
     """Checkpoints that are kept: the last one and those before it, for the case that it is damaged. The best one is kept apart."""
+    damaged: int = 0
+    """How many training rows may be unreadable (cut, altered, undecodable): each is named, and another row stands in its place. 0: stop."""
     skips: int = 0
     """How many steps may pass without an update because their loss or gradient is not finite, before the run goes back or stops."""
     rollbacks: int = 0
@@ -63,7 +65,7 @@ class Training:
         positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "members")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("warmup", "seed", "workers", "weight_decay", "skips", "rollbacks"):
+        for name in ("warmup", "seed", "workers", "weight_decay", "damaged", "skips", "rollbacks"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "a norm above 0, or none")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, or none")
