@@ -2,9 +2,16 @@
 
 import tyro
 
-from benchmarks import estimators, kernels, step
+from benchmarks import estimators, kernels, modality_parallel, scaling, step, stream
 
-MAINS = {"kernels": kernels.main, "step": step.main, "estimators": estimators.main}
+MAINS = {
+    "kernels": kernels.main,
+    "step": step.main,
+    "stream": stream.main,
+    "scaling": scaling.main,
+    "modality_parallel": modality_parallel.main,
+    "estimators": estimators.main,
+}
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(MAINS, prog="python -m benchmarks")

@@ -52,7 +52,8 @@ class Gate:
 
     def _raised(self, title: str, name: str, error: Exception) -> None:
         """Too little memory, or a compiler that gives up, is a figure that is missing; anything else is a fault."""
-        if name == "compiled" or isinstance(error, torch.OutOfMemoryError):
+        no_room = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if name == "compiled" or no_room:
             print(f"{title}: left out, {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             self.faults.append(f"{title}: raised {type(error).__name__}: {error}")

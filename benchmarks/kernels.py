@@ -17,7 +17,7 @@ from benchmarks import plots, sweeps, tables
 from benchmarks.gate import Gate
 from benchmarks.providers import GRAPH, MODES, Mode, copied, differentiable, ops, prepare, providers
 from benchmarks.record import keep
-from benchmarks.timing import MANY, Times, captured, copy_bandwidth, device_ms, peak_bytes, times
+from benchmarks.timing import MANY, Times, captured, copy_bandwidth, device_ms, fail_before_the_kernel_kills, peak_bytes, times
 from meme_kernels._op import Case, Cost, FusedOp
 
 Size = Literal["small", "paper", "large", "sweep"]
@@ -56,6 +56,8 @@ def main(
     where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if where.type == "cpu" and "large" in sizes:
         raise ValueError("the large cases are sized for a GPU; on a CPU say --sizes small, paper or sweep")
+    if where.type == "cpu":
+        fail_before_the_kernel_kills()
     deadline, ceiling = time.monotonic() + limit, copy_bandwidth(where)
     print(f"copy bandwidth of {where}: {ceiling:.1f} GB/s, read and written")
     gates = [Gate(chosen, providers(chosen, where, compiled=compile_on_cpu or where.type == "cuda")) for chosen in _chosen(op)]

@@ -25,7 +25,10 @@ def ops() -> dict[str, FusedOp]:
 
 
 def providers(op: FusedOp, device: torch.device, *, compiled: bool) -> dict[str, Callable[..., Any]]:
-    """Name -> function of the op's arguments. The kernels run on CUDA tensors only; in a graph they are the same function, replayed."""
+    """Name -> function of the op's arguments. The kernels run on CUDA tensors only; in a graph they are the same function, replayed.
+
+    On a CPU the op is its reference's values, some with a gradient in closed form where autograd would hold more.
+    """
     found = {"naive": op.naive, "reference": op.reference}
     if compiled:
         torch._functorch.config.donated_buffer = False  # the backward pass is timed on one retained graph
@@ -33,6 +36,8 @@ def providers(op: FusedOp, device: torch.device, *, compiled: bool) -> dict[str,
         found["compiled"] = torch.compile(op.reference, dynamic=False)
     if uses_triton(torch.empty(0, device=device)):
         found |= {"triton": op.call, GRAPH: op.call}
+    else:
+        found["op"] = op.call
     return found
 
 

@@ -1,4 +1,5 @@
-"""One training step of each estimator beside a plain transcription of the authors' released one, on the same networks and rows.
+"""One training step of each estimator beside a plain transcription of the authors' released one, on the same networks and rows; and where
+the time of a step goes that the real trainer makes (`breakdown.py`).
 
 The transcription does what the released code does (Joy et al. 2022, their `run_match`): each encoder runs three times a step, the outer
 sample is decoded again inside the marginal, torch.distributions evaluates every density, and all 1664 decoder rows carry gradients.
@@ -21,20 +22,39 @@ FRESH = 10  # samples of the marginal beside the outer one, as released
 CROSS_WEIGHT = 10.0
 
 
-def main(*, batch_size: int = 128, repeats: int = 7, threads: int = 1, save: bool = True) -> None:
-    """Time, decoder rows and memory saved for the backward pass, of one step.
+def main(
+    *, batch_size: int = 128, repeats: int = 7, threads: int = 1, ranks: tuple[int, ...] = (1, 2), forms: bool = True, save: bool = True
+) -> None:
+    """Time, decoder rows and memory saved for the backward pass, of one step; then a breakdown of the trainer's steps.
 
     Args:
         batch_size: Pairs a step.
         repeats: How often each form is timed, in turn.
         threads: CPU threads (1: CPU time is then the cost itself).
+        ranks: Numbers of processes for the breakdown (none: leave it out).
+        forms: Compare the estimators with the transcription.
         save: Append the rows to benchmarks/results/step.jsonl.
     """
     torch.set_num_threads(threads)
+    rows = _forms(batch_size, repeats) if forms else []
+    rows += _broken_down(batch_size, ranks) if ranks else []
+    if save and rows:
+        print(f"\nkept in {keep('step', rows)}")
+
+
+def _broken_down(batch_size: int, ranks: tuple[int, ...]) -> list[dict]:
+    from benchmarks import breakdown  # it needs what the trainer needs, the comparison above torch alone
+
+    rows = [row for world in ranks for row in breakdown.breakdown(world=world, batch_size=batch_size)]
+    breakdown.show(rows)
+    return rows
+
+
+def _forms(batch_size: int, repeats: int) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {"transcription": _transcription(batch_size, device)}
     steps |= {name: _ours(name, batch_size, device) for name in ("released", "rao_blackwell", "resampled")}
-    counts = {name: _counted(step, modalities) for name, (step, modalities) in steps.items()}
+    counts = {name: counted(step, modalities) for name, (step, modalities) in steps.items()}
     times = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
     base = times["transcription"]["cpu_ms" if device.type == "cpu" else "ms"]
     rows = []
@@ -42,20 +62,20 @@ def main(*, batch_size: int = 128, repeats: int = 7, threads: int = 1, save: boo
         own = times[name]["cpu_ms" if device.type == "cpu" else "ms"]
         rows.append({"form": name, "batch_size": batch_size, **times[name], "ratio": round(own / base, 3), **counts[name]})
     _show(rows)
-    if save:
-        print(f"\nkept in {keep('step', rows)}")
+    return rows
 
 
-def _networks(device: torch.device) -> dict[str, Modality]:
+def networks(device: torch.device) -> dict[str, Modality]:
+    """The released networks of both modalities, the same every time."""
     torch.manual_seed(0)
     return {"mnist": mnist_released().to(device), "svhn": svhn_released().to(device)}
 
 
 def _ours(estimator: str, size: int, device: torch.device) -> tuple[Callable[[], None], dict[str, Modality]]:
-    modalities = _networks(device)
+    modalities = networks(device)
     objective = MEME(modalities, pseudo_inputs=1, samples=FRESH + 1, estimator=estimator, cross_weight=CROSS_WEIGHT).to(device)
     optimizer = torch.optim.Adam(objective.parameters(), 5e-4)
-    batch = _batch(size, device)
+    batch = batch_of(size, device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -65,7 +85,8 @@ def _ours(estimator: str, size: int, device: torch.device) -> tuple[Callable[[],
     return step, modalities
 
 
-def _batch(size: int, device: torch.device) -> Batch:
+def batch_of(size: int, device: torch.device) -> Batch:
+    """Random images of both modalities, none missing."""
     generator = torch.Generator().manual_seed(1)
     data = {"mnist": torch.rand(size, 1, 28, 28, generator=generator), "svhn": torch.rand(size, 3, 32, 32, generator=generator)}
     batch = pack(data, torch.ones(size, 2, dtype=torch.bool).numpy(), single=False)
@@ -74,9 +95,9 @@ def _batch(size: int, device: torch.device) -> Batch:
 
 
 def _transcription(size: int, device: torch.device) -> tuple[Callable[[], None], dict[str, Modality]]:
-    modalities = _networks(device)
+    modalities = networks(device)
     optimizer = torch.optim.Adam([p for m in modalities.values() for p in m.parameters()], 5e-4)
-    x = {name: packed.data for name, packed in _batch(size, device).modalities.items()}
+    x = {name: packed.data for name, packed in batch_of(size, device).modalities.items()}
 
     def step() -> None:
         optimizer.zero_grad()
@@ -109,7 +130,7 @@ def _log_likelihood(modality: Modality, x: Tensor, z: Tensor) -> Tensor:
     return td.Laplace(mean, torch.ones_like(mean)).log_prob(x).flatten(1).sum(-1)
 
 
-def _counted(step: Callable[[], None], modalities: dict[str, Modality]) -> dict[str, float]:
+def counted(step: Callable[[], None], modalities: dict[str, Modality]) -> dict[str, float]:
     """Rows that the networks see in a step, and the distinct bytes that autograd keeps for the backward pass (parameters apart)."""
     rows = {"encoder_rows": 0, "decoder_rows": 0}
     parameters = {p.untyped_storage().data_ptr() for m in modalities.values() for p in m.parameters()}

@@ -7,8 +7,10 @@ in time, are also captured into one graph of many calls, each on its own copy of
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ Call = Callable[[], Any]
 SECONDS = 4.0  # on one call in one mode, beyond which it is timed less often than was asked (but three times)
 SHORT = 1e-3  # seconds: shorter calls on a CPU are timed several in a row
 MANY = 20  # calls in a graph
+ROOM = 8 << 30  # bytes: a form that needs more on a CPU is not worth the minutes that its pages take
 
 
 class Times(NamedTuple):
@@ -186,6 +189,22 @@ def _cuda_peak(call: Call) -> int:
     torch.cuda.synchronize()
     del held
     return torch.cuda.max_memory_allocated() - before
+
+
+def fail_before_the_kernel_kills() -> None:
+    """On Linux, let allocations fail as errors beyond 8 GiB, or what is free: that costs one provider its row and not the run."""
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    free = 1024 * _kilobytes("/proc/meminfo", "MemAvailable:")
+    held = 1024 * _kilobytes("/proc/self/status", "VmData:")
+    resource.setrlimit(resource.RLIMIT_DATA, (held + min(ROOM, int(0.9 * free)), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _kilobytes(path: str, name: str) -> int:
+    lines = Path(path).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def copy_bandwidth(device: torch.device) -> float:
