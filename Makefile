@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,triton]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,triton,deepspeed]"
 	touch $@
 
 demo: $(STAMP)
