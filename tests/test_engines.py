@@ -227,3 +227,27 @@ def without_third(rank: int, world: int) -> dict[str, Any]:
 
     rows.batch = batch
     return {"loss": [report.loss for report in trainer], **whole(trainer)}
+
+
+# ---- bf16 -------------------------------------------------------------------------------------------------------------------------------
+
+
+def in_bf16(rank: int, world: int, engine: str) -> tuple[list[float], float, str]:
+    """Losses of a training in bf16, the loss of rows that it is evaluated on, and the type that a decoder computed them in."""
+    trainer = trainer_on(engine, rank, world, mixed("abc", 4 * BATCH), precision="bf16")
+    losses, seen = [report.loss for report in trainer], []
+    held_out = Rows("abc", mixed("abc", BATCH), batch_size=BATCH, seed=7)
+    with trainer.averaged() as module:
+        module.modalities["a"].decoder[0].register_forward_hook(lambda _, __, output: seen.append(str(output.dtype)))
+        with torch.no_grad():
+            loss = float(module(next(iter(held_out))[0]).total)
+    return losses, loss, seen[0]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3", "modality"])
+def test_in_bf16_every_engine_trains_and_evaluates_like_one_process_in_bf16(engine: str) -> None:
+    needs(engine)
+    losses, loss, _ = run_ranks(in_bf16, 1, "ddp")[0]
+    for came in run_ranks(in_bf16, 2, engine):
+        assert came[0] == pytest.approx(losses, rel=2e-3)
+        assert came[1] == pytest.approx(loss, rel=2e-3) and came[2] == "torch.bfloat16"

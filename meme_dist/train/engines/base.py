@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meme_dist.train.training import Training
@@ -129,10 +130,40 @@ class Engine(ABC):
                 torch.distributed.broadcast(buffer, 0)
 
 
+class TorchEngine(Engine):
+    """An engine whose gradients stay with the parameters, and whose optimiser torch steps."""
+
+    _parameters: dict[str, nn.Parameter]  # those that this rank holds, or holds a part of
+
+    def begin(self) -> None:
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        """The gradient is forgotten as the next step begins, anyway."""
+
+    def idle(self) -> list[str]:
+        return [name for name, p in self._parameters.items() if p.requires_grad and p.grad is None]
+
+    def gradients(self) -> Iterator[tuple[str, bool]]:
+        for name, gradient in self.own_gradients():
+            yield name, bool(gradient.isfinite().all())
+
+    def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of each gradient."""
+        return ((name, own(p.grad)) for name, p in self._parameters.items() if p.grad is not None)
+
+
+def own(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def autocast_forward(module: nn.Module, device: torch.device, precision: str) -> None:
     """Make the module's forward run under bf16 autocast where the precision says so, whichever wrapper calls it.
 
-    Inside and not around the wrapper: DeepSpeed switches off an autocast that it meets outside.
+    Inside and not around the wrapper: DeepSpeed switches off an autocast that it meets outside. Without autocast's cache of bf16 weights:
+    a sharding engine gives weights up after a module has run, and a copy cached while a decoder ran without gradients (the resampled
+    estimator) was taken for its run with gradients under FSDP2, so that the decoder got none (torch 2.13).
     """
     if precision == "bf16":
-        module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
+        module.forward = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(module.forward)

@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and optimiser state sharded over all ranks, weights gathered module by module while they are in use."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from meme_dist.train.engines.base import Engine, Moments, adam, autocast_forward, layout_of
+from meme_dist.train.engines.base import Moments, TorchEngine, adam, autocast_forward, layout_of, own
 from meme_dist.train.engines.replica import Replica
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, Loss
@@ -18,7 +18,7 @@ from meme_dist.types import Batch, Loss
 UNITS = ("encoder", "decoder")  # of each modality: gathered together, freed together; what is left is gathered for the whole step
 
 
-class FullySharded(Engine):
+class FullySharded(TorchEngine):
     """`fully_shard` of torch over one dimension of all ranks, on CUDA devices and, for tests, over gloo on the CPU.
 
     Parameters stay float32; autocast makes the computation bf16. A parameter's part is this rank's rows of it (dimension 0).
@@ -28,7 +28,7 @@ class FullySharded(Engine):
 
     def __init__(self, objective: nn.Module, training: Training, device: torch.device):
         self.objective, self.layout = objective, layout_of(objective)
-        self._replica = Replica(objective, self.layout)
+        self._replica = Replica(objective, device, training.precision)
         autocast_forward(objective, device, training.precision)
         if scalars := [name for name, p in objective.named_parameters() if not p.dim()]:
             raise ValueError(f"{', '.join(scalars)}: parameters without a dimension, which FSDP2 cannot shard; give them the shape [1]")
@@ -39,14 +39,11 @@ class FullySharded(Engine):
                 fully_shard(module, mesh=mesh)
         self.wrapped = cast(Any, fully_shard(objective, mesh=mesh))
         assert isinstance(self.wrapped, FSDPModule)
-        self._parameters = {name: cast(DTensor, p) for name, p in objective.named_parameters()}
+        self._parameters = dict(objective.named_parameters())
         self.optimizer = adam(objective, training)
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
         return self.wrapped(batch)
-
-    def begin(self) -> None:
-        self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.wrapped.set_requires_gradient_sync(last)
@@ -54,30 +51,17 @@ class FullySharded(Engine):
         loss.backward()
 
     def squared_norm(self) -> Tensor:
-        return get_total_norm([_local(g) for _, g in self._gradients() if _local(g).numel()]).double().square()
+        return get_total_norm([g for _, g in self.own_gradients() if g.numel()]).double().square()
 
     @torch.no_grad()
     def update(self, norm: float, clip: float | None) -> float:
         if clip is not None and (factor := clip / (norm + 1e-6)) < 1:  # as torch.nn.utils.clip_grad_norm_
-            torch._foreach_mul_([_local(g) for _, g in self._gradients()], factor)
+            torch._foreach_mul_([g for _, g in self.own_gradients()], factor)
         self.optimizer.step()
         return norm
 
-    def discard(self) -> None:
-        """The gradient is forgotten as the next step begins, anyway."""
-
-    def idle(self) -> list[str]:
-        return [name for name, p in self._parameters.items() if p.requires_grad and p.grad is None]
-
-    def gradients(self) -> Iterator[tuple[str, bool]]:
-        for name, gradient in self._gradients():
-            yield name, bool(_local(gradient).isfinite().all())
-
-    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.grad) for name, p in self._parameters.items() if p.grad is not None)
-
     def part(self, name: str) -> Tensor:
-        return _local(self._parameters[name].detach())
+        return own(self._parameters[name].detach())
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         return self._sharded(name, part).full_tensor()
@@ -97,18 +81,14 @@ class FullySharded(Engine):
         return self._replica.filled((name, self.whole(name, part)) for name, part in live.items())
 
     def _sharded(self, name: str, part: Tensor) -> DTensor:
-        like = self._parameters[name]
+        like = cast(DTensor, self._parameters[name])
         shape, stride = like.shape, like.stride()  # given: what `from_local` infers is wrong where rows do not divide evenly
         return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
     def cut(self, name: str, value: Tensor) -> Tensor:
         """Its rows: chunks of ceil(rows / ranks), as torch cuts them."""
-        like = self._parameters[name]
+        like = cast(DTensor, self._parameters[name])
         rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
         size = -(-value.shape[0] // world)
         low = min(rank * size, value.shape[0])
         return value[low : low + size].to(like.device, copy=True)
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

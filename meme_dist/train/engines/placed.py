@@ -1,6 +1,6 @@
 """Modality parallelism as an engine: each member of a group holds the networks of some modalities, groups see different rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -10,14 +10,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_
 
 from meme_dist.objectives.base import Objective
-from meme_dist.train.engines.base import Engine, Moments, adam, autocast_forward, layout_of
+from meme_dist.train.engines.base import Moments, TorchEngine, adam, autocast_forward, layout_of
 from meme_dist.train.engines.replica import Replica
 from meme_dist.train.modality_parallel import ModalityParallel
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, Loss
 
 
-class Placed(Engine):
+class Placed(TorchEngine):
     """A parameter's part is the whole of it on the member that owns its modality, and an empty tensor on the others.
 
     Raises ValueError for an objective with buffers (running statistics of one member's modalities would differ between groups), and as
@@ -30,7 +30,7 @@ class Placed(Engine):
         if buffers := [name for name, _ in objective.named_buffers()]:
             raise ValueError(f"{', '.join(buffers[:5])}: modality parallelism cannot keep running statistics; use group or layer norm")
         self.objective, self.layout = objective, layout_of(objective)
-        self._replica = Replica(objective, self.layout)
+        self._replica = Replica(objective, device, training.precision)
         self.members, self.groups = training.members, world // training.members
         mesh = init_device_mesh(device.type, (self.groups, self.members), mesh_dim_names=("data", "modality"))
         self.wrapped = ModalityParallel(cast(Objective, objective), mesh)
@@ -42,9 +42,6 @@ class Placed(Engine):
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
         return self.wrapped(self.wrapped.needed(batch))
-
-    def begin(self) -> None:
-        self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -60,17 +57,6 @@ class Placed(Engine):
             clip_grads_with_norm_(self._parameters.values(), clip, self._norm)
         self.optimizer.step()
         return norm
-
-    def discard(self) -> None:
-        """The gradient is forgotten as the next step begins, anyway."""
-
-    def idle(self) -> list[str]:
-        return [name for name, p in self._parameters.items() if p.requires_grad and p.grad is None]
-
-    def gradients(self) -> Iterator[tuple[str, bool]]:
-        for name, p in self._parameters.items():
-            if p.grad is not None:
-                yield name, bool(p.grad.isfinite().all())
 
     def part(self, name: str) -> Tensor:
         like = self.layout.state[name]

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from meme_dist.train.engines.base import Layout
+from meme_dist.train.engines.base import autocast_forward
 
 
 class Replica:
     """A copy of the objective, made before it is sharded. Evaluation calls more of it than `forward` (encoders, decoders, priors), and a
     sharded module gathers its weights for `forward` alone. Between evaluations its parameters take no memory; within, one whole model."""
 
-    def __init__(self, module: nn.Module, layout: Layout):
-        self._live, self._layout = module, layout
-        self._module = copy.deepcopy(module)
+    def __init__(self, module: nn.Module, device: torch.device, precision: str):
+        self._live, self._module = module, copy.deepcopy(module)
+        autocast_forward(self._module, device, precision)
         self._free()
 
     @contextmanager

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from meme_dist.train.engines.base import Engine, Moments, adam, autocast_forward, layout_of
+from meme_dist.train.engines.base import Moments, TorchEngine, adam, autocast_forward, layout_of
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, Loss
 
 
-class Replicated(Engine):
+class Replicated(TorchEngine):
     """All ranks hold everything; gradients are averaged over ranks during the backward pass of the last micro batch."""
 
     name = "ddp"
@@ -30,9 +30,6 @@ class Replicated(Engine):
         with self._alone(last):
             return self.wrapped(batch)
 
-    def begin(self) -> None:
-        self.optimizer.zero_grad()
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._alone(last):
             loss.backward()
@@ -42,7 +39,7 @@ class Replicated(Engine):
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def squared_norm(self) -> Tensor:
-        norm = get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        norm = get_total_norm([g for _, g in self.own_gradients()])
         self._norm = norm
         return norm.double().square() / self.accelerator.num_processes  # the same on all ranks
 
@@ -51,17 +48,6 @@ class Replicated(Engine):
             clip_grads_with_norm_(self._parameters.values(), clip, self._norm)
         self.optimizer.step()
         return norm
-
-    def discard(self) -> None:
-        """The gradient is forgotten as the next step begins, anyway."""
-
-    def idle(self) -> list[str]:
-        return [name for name, p in self._parameters.items() if p.requires_grad and p.grad is None]
-
-    def gradients(self) -> Iterator[tuple[str, bool]]:
-        for name, p in self._parameters.items():
-            if p.grad is not None:
-                yield name, bool(p.grad.isfinite().all())
 
     def part(self, name: str) -> Tensor:
         return self._parameters[name].detach()

@@ -34,7 +34,7 @@ class Zero(Engine):
     def __init__(self, objective: nn.Module, training: Training, device: torch.device, strategy: Strategy, *, world: int):
         self.objective, self.layout, self.name, self.stage = objective, layout_of(objective), strategy.name, strategy.stage
         self._parameters, self.groups = dict(objective.named_parameters()), world
-        self._replica = Replica(objective, self.layout) if self.stage == 3 else None
+        self._replica = Replica(objective, device, training.precision) if self.stage == 3 else None
         self._broken: dict[str, Tensor] = {}
         deepspeed = _deepspeed(device)
         autocast_forward(objective, device, training.precision)
