@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 PATIENCE = 120.0  # seconds a rank waits for the others
-SENT = struct.Struct("=200xQ")  # tcpi_bytes_sent in Linux' struct tcp_info
+SENT = struct.Struct("=200xQQ")  # tcpi_bytes_sent and, of them, tcpi_bytes_retrans in Linux' struct tcp_info
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, threads: int = 1, timeout: float = 600.0) -> list[Any]:
@@ -75,7 +75,7 @@ def _enter(
 
 
 def sent_bytes() -> int | None:
-    """Bytes that this process has sent over its open TCP connections, retransmissions included; None where the system does not tell."""
+    """Payload bytes that this process has sent over its open TCP connections, each once; None where the system does not tell."""
     if not os.path.isdir("/proc/self/fd"):
         return None
     return sum(filter(None, map(_sent_by, os.listdir("/proc/self/fd"))))
@@ -88,6 +88,7 @@ def _sent_by(descriptor: str) -> int | None:
         with socket.socket(fileno=os.dup(int(descriptor))) as connection:
             if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
-            return SENT.unpack_from(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))[0]
+            sent, again = SENT.unpack_from(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+            return sent - again  # a busy machine repeats what it thinks was lost
     except (OSError, struct.error):  # closed meanwhile; an older kernel, whose answer is shorter
         return None

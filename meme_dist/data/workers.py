@@ -141,12 +141,8 @@ def _check_room(size: int) -> None:
 
 def _serve(work: Work, number: int, workers: int, slots: _Slots, pipe: Connection) -> None:
     """The life of a worker: it makes parts as long as there is room for them, and ends when nobody listens any more."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # these reach the whole group: the main process decides, and may still save
-        signal.signal(number, signal.SIG_IGN)
+    for told in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the whole group hears these: the main process decides
+        signal.signal(told, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         for part in work.parts(number, workers, _rooms(slots, pipe)):
