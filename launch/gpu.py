@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ["accelerate", "matplotlib", "rich", "safetensors", "sklearn", "tyro", "webdataset"]
 MATHS = ["tests/gpu", "tests/objectives", "tests/test_distributions.py", "tests/test_noise.py"]
 # Seconds of each part: their sum stays under the nine minutes.
-LIMITS = {"kernel tests": 130, "kernels": 250, "step": 35, "stream": 30, "training": 40, "tests": 45}
+LIMITS = {"kernel tests": 130, "kernels": 210, "step": 35, "stream": 30, "training": 40, "engines": 40, "tests": 45}
 STOPPING = 10  # more seconds for a part that was told to stop: pytest still says what failed
 
 
@@ -28,11 +28,11 @@ def missing(*modules: str) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
-def run(title: str, *command: str, limit: float | None = None) -> bool:
+def run(title: str, *command: str, limit: float | None = None, more: dict[str, str] | None = None) -> bool:
     """Run one part in the repository's root, interrupt it when its time is up, and say how it ended."""
     print(f"== {title}: {' '.join(command)}", flush=True)
     start, limit = time.monotonic(), LIMITS[title] if limit is None else limit
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **(more or {})})
     late = False
     try:
         process.wait(limit)
@@ -90,6 +90,23 @@ def training() -> bool:
         return run("training", "-m", "meme_dist", "train", "digits", "--missing", "0.3", "--steps", "300", *where)
 
 
+def engines() -> bool:
+    """A few steps under each sharding engine on the one GPU: as a launch file would ask for it."""
+    if absent := missing(*TRAINING):
+        return skip("engines", f"this interpreter has no {', '.join(absent)}")
+    asked = {"fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+    if not missing("deepspeed"):
+        zero = {"ACCELERATE_USE_DEEPSPEED": "true"}
+        asked |= {f"zero{stage}": {**zero, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (2, 3)}
+    good = True
+    for name, environment in asked.items():
+        with tempfile.TemporaryDirectory() as folder:
+            where = ["--run", f"{folder}/{name}", "--data", f"{folder}/data", "--no-evaluate"]
+            words = ["-m", "meme_dist", "train", "digits", "--steps", "50", *where]
+            good &= run("engines", *words, limit=LIMITS["engines"] / len(asked), more=environment)
+    return good
+
+
 def main() -> int:
     """Run all parts; 0 if none failed."""
     import torch
@@ -108,6 +125,7 @@ def main() -> int:
         benchmark("step", "ranks=()" if missing(*TRAINING) else "ranks=(1,)"),
         benchmark("stream"),
         training(),
+        engines(),
         tests("tests", MATHS),
     ]
     return 0 if all(parts) else 1

@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimiser state sharded over all ranks, weights gathered module by module while they are in use."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ class FullySharded(TorchEngine):
         autocast_forward(objective, device, training.precision)
         if scalars := [name for name, p in objective.named_parameters() if not p.dim()]:
             raise ValueError(f"{', '.join(scalars)}: parameters without a dimension, which FSDP2 cannot shard; give them the shape [1]")
+        # Decoders end in a view; nothing here changes a network's output in place, which is what the warning is about.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
         self.groups = torch.distributed.get_world_size()
         mesh = init_device_mesh(device.type, (self.groups,))
         for path, module in list(objective.named_modules()):

@@ -210,6 +210,7 @@ def configuration(training: Training, strategy: Strategy, *, world: int, paramet
 def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, for one process without a launcher too
     try:
         import deepspeed
         import deepspeed.ops
