@@ -173,6 +173,30 @@ def test_a_launch_whose_processes_do_not_train_together_is_refused() -> None:
         startup.check_world(trainer.accelerator, {"WORLD_SIZE": "2"})
 
 
+LAUNCH = ["/usr/bin/python", "/usr/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize("words", [["--cpu", "--num_processes", "2"], ["--cpu", "--num_processes=2"], ["--config_file", "FILE"]])
+def test_a_launcher_that_was_asked_for_two_processes_and_started_one_is_refused(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cpu.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    words = [str(tmp_path / "cpu.yaml") if word == "FILE" else word for word in words] + ["-m", "meme_dist", "train", "digits"]
+    for command in (LAUNCH, ["python", "-m", "accelerate.commands.launch"]):
+        with pytest.raises(ValueError, match="asked for 2 processes and started one; .* without --cpu"):
+            startup.check_launcher([*command, *words], {})
+        startup.check_launcher([*command, *words], {"WORLD_SIZE": "2"})
+    startup.check_launcher([*LAUNCH, "--cpu", "--num_processes", "1"], {})
+    startup.check_launcher(["bash", "launch", "--num_processes", "2"], {})
+    startup.check_launcher([], {})
+
+
+@pytest.mark.launch
+def test_the_launch_that_would_train_one_process_for_two_stops_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "tests.launched", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "asked for 2 processes and started one" in done.stdout + done.stderr
+
+
 def unwrapped(rank: int, world: int) -> str:
     trainer = Trainer(build(), Rows("ab", mixed("ab"), batch_size=8, rank=rank, world=world), Training(batch_size=8))
     trainer.engine.wrapped = trainer.objective

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
@@ -59,6 +60,39 @@ def check_world(accelerator: Accelerator, environment: Mapping[str, str] = os.en
             f"the launcher started {started} processes (WORLD_SIZE), but {together} train together on {accelerator.device}; "
             "launch with a configuration that fits this machine, for two processes on a CPU: --config_file launch/accelerate/cpu2.yaml"
         )
+
+
+def check_launcher(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError where `accelerate launch`, whose command line these words are, was to start several processes and started one.
+
+    `--cpu --num_processes 2`, or a file of kind MULTI_CPU, does that without a word (Accelerate 1.15).
+    """
+    asked = announced(words)
+    if asked > 1 and "WORLD_SIZE" not in environment:
+        raise ValueError(
+            f"the launcher was asked for {asked} processes and started one; several processes on a CPU need a configuration of "
+            "distributed_type MULTI_GPU, in spite of its name: --config_file launch/accelerate/ddp.yaml, without --cpu"
+        )
+
+
+def announced(words: Sequence[str]) -> int:
+    """How many processes an `accelerate launch` command line asks for, by its flag or its file; 1 for any other command."""
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch") + 1]):
+        if not any("accelerate.commands.launch" in word or word.endswith("commands/launch.py") for word in words):
+            return 1
+    flags = dict(zip(words, words[1:], strict=False)) | {name: value for name, _, value in (word.partition("=") for word in words) if value}
+    if "--num_processes" in flags:
+        return int(flags["--num_processes"])
+    file = Path(flags.get("--config_file", ""))
+    return int((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("num_processes") or 1) if file.is_file() else 1
+
+
+def parent() -> list[str]:
+    """The command line of the process that started this one; nothing where the system does not tell (Linux does)."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def check_batch(training: Training, world: int) -> None:

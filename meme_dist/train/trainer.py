@@ -86,6 +86,7 @@ class Trainer:
         self.stopping = False  # all ranks agree: one of them was told to stop
         self.heart, self._stop = heart or Heart(None), stop or Stop()
         self.settings = trajectory(training, configuration)
+        startup.check_launcher(startup.parent())
         strategy = requested()
         self.accelerator = startup.accelerator(self.folder)
         startup.check_world(self.accelerator)
