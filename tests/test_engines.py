@@ -40,7 +40,7 @@ def trainer_on(engine: str, rank: int, world: int, mask: np.ndarray, folder: Pat
         zero.PERSISTENT = 0  # else parameters as small as these are never sharded
     members = 2 if engine == "modality" else 1
     training = Training(
-        **{"steps": 4, "members": members, "batch_size": BATCH, "ema": 0.9, "clip": 20.0, "weight_decay": 0.01, "log_every": 1} | settings
+        **{"steps": 4, "members": members, "batch_size": BATCH, "ema": 0.9, "clip": 1.0, "weight_decay": 0.01, "log_every": 1} | settings
     )
     rows = Rows("abc", mask, batch_size=BATCH, rank=rank // members, world=max(1, world // members), accumulate=training.accumulate)
     return Trainer(build("abc"), rows, training, folder=folder)
@@ -93,6 +93,7 @@ def test_every_engine_on_any_ranks_follows_the_trajectory_of_one_process(engine:
     needs(engine)
     mask = unequal(world)
     expected = trajectory(0, 1, "ddp", mask)
+    assert min(expected["norm"]) > 1.0  # every step is clipped
     for came in run_ranks(trajectory, world, engine, mask):
         assert_same(came, expected)
 
@@ -189,9 +190,12 @@ def break_third_step(trainer: Trainer, what: str) -> None:
 
     rows.batch = batch
     if what == "gradient":
-        bias = dict(trainer.objective.named_parameters())["modalities.b.decoder.0.bias"]
-        spoil = lambda gradient: gradient * torch.inf if rows.step == 2 else gradient  # noqa: E731
-        bias.register_hook(spoil)
+
+        def spoil(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+            if rows.step == 2 and output.requires_grad:
+                output.register_hook(lambda gradient: gradient * torch.inf)
+
+        trainer.objective.modalities["b"].encoder.register_forward_hook(spoil)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -201,6 +205,15 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_on_any_and_name
     for came in run_ranks(broken_steps, 2, engine, "data", 0):
         assert came["error"] == (("b",), (1,), 3) or engine == "modality" and came["error"] == (("b",), (0, 1), 3)
         assert came["step"] == 2
+        assert all(np.array_equal(came[kind], good[kind]) for kind in ("weights", "averages", "moments"))
+
+
+@pytest.mark.parametrize("engine", ENGINES[:-1])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_seen_before_the_update(engine: str) -> None:
+    needs(engine)
+    good = run_ranks(trajectory, 2, engine, mixed("abc", 4 * BATCH), steps=2)[0]
+    for came in run_ranks(broken_steps, 2, engine, "gradient", 0):
+        assert came["error"][0] == ("b",) and came["error"][2] == 3 and came["step"] == 2
         assert all(np.array_equal(came[kind], good[kind]) for kind in ("weights", "averages", "moments"))
 
 

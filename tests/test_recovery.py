@@ -1,6 +1,7 @@
 """What a training survives: damaged checkpoints, steps that are not finite, jumps of the loss, being told to stop."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,16 @@ def test_as_many_checkpoints_as_asked_for_are_kept_newest_first(tmp_path: Path) 
     assert [checkpoint.verify(path)["step"] for path in (folder / "last", *checkpoint.older(folder / "last"))] == [6, 5, 3]
 
 
-def test_a_checkpoint_written_in_the_background_is_of_the_step_at_which_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_checkpoint_written_in_the_background_is_of_the_step_at_which_it_was_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    moved, write = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *values: (moved.wait(30), write(*values))[1])
     trainer = trainer_on(tmp_path, {})
     steps = iter(trainer)
     next(steps), next(steps)
     expected = weights(trainer.objective)
     trainer.save(wait=False)
-    next(steps), next(steps)  # weights move while the files are written
+    next(steps), next(steps)  # weights move before the files are written
+    moved.set()
     trainer.settle()
     saved = checkpoint.read(tmp_path / "checkpoints" / "last")
     assert saved.state["step"] == 2
