@@ -228,6 +228,30 @@ def test_a_skipped_step_leaves_no_trace_and_the_next_rows_are_trained_on(engine:
         assert np.abs(mine["weights"] - theirs["weights"]).max() < 1e-4 * np.abs(theirs["weights"]).max()
 
 
+def overflowing(rank: int, world: int, engine: str) -> dict[str, Any]:
+    """In step 3 each rank's gradient is finite and their sum over the ranks is not."""
+    trainer = trainer_on(engine, rank, world, mixed("abc", 4 * BATCH), steps=4, skips=1)
+    largest = torch.finfo(torch.float32).max
+
+    def spoil(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        if trainer.stream.step == 2 and output.requires_grad:
+            output.register_hook(lambda gradient: torch.zeros_like(gradient).index_fill_(0, torch.tensor([0]), 0.9 * largest))
+
+    trainer.objective.modalities["b"].decoder[-1].register_forward_hook(spoil)
+    return {"loss": [report.loss for report in trainer], "passed": trainer.passed, "step": trainer.step, **whole(trainer)}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2"])  # ZeRO-3 divides before it sums; one rank alone holds a modality
+def test_a_gradient_that_overflows_in_the_sum_over_ranks_is_not_counted_as_a_step(engine: str) -> None:
+    """DeepSpeed drops such a step by itself: were it counted, averages and learning rate would go on without an update."""
+    needs(engine)
+    expected = run_ranks(without_third, 2)
+    for mine, theirs in zip(run_ranks(overflowing, 2, engine), expected, strict=True):
+        assert (mine["passed"], mine["step"]) == (1, 4)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert np.abs(mine["averages"] - theirs["averages"]).max() < 1e-4 * np.abs(theirs["averages"]).max()
+
+
 def without_third(rank: int, world: int) -> dict[str, Any]:
     """A training whose stream does not have the rows of step 3."""
     trainer = trainer_on("ddp", rank, world, mixed("abc", 4 * BATCH), steps=4)

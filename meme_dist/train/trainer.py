@@ -160,6 +160,9 @@ class Trainer:
             return None
         with self._phase("update"):
             rate, norm = self._update(norm)
+        if not math.isfinite(norm):
+            self._pass_over(self._diagnosis(batches, losses, loss, norm))
+            return None
         return self._report(losses, loss, norm, rate)
 
     @contextmanager
@@ -206,6 +209,8 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         norm = self.engine.update(norm, self.training.clip)
+        if not math.isfinite(norm):
+            return rate, norm
         self.step += 1
         if self._average is not None:
             self._average.update(self.step)

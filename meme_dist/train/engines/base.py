@@ -75,7 +75,10 @@ class Engine(ABC):
 
     @abstractmethod
     def update(self, norm: float, clip: float | None) -> float:
-        """One optimiser step, with the gradient scaled down to the norm `clip`; returns the norm before that."""
+        """One optimiser step, with the gradient scaled down to the norm `clip`; returns the norm before that.
+
+        NaN says that the gradient overflowed in the sum over the ranks, where only the engine sees it: nothing was updated.
+        """
 
     @abstractmethod
     def discard(self) -> None:

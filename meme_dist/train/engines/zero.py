@@ -5,6 +5,7 @@ have one source. Weights are float32 masters and autocast makes the computation 
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -70,13 +71,15 @@ class Zero(Engine):
 
     def update(self, norm: float, clip: float | None) -> float:
         self._broken.clear()
-        self.wrapped.step()
-        return float(self.wrapped.get_global_grad_norm())
+        self.wrapped.step()  # sums over the ranks first, and drops the step where that sum is not finite
+        return float(self.wrapped.get_global_grad_norm()) if self.wrapped.was_step_applied() else math.nan
 
     def discard(self) -> None:
         """DeepSpeed drops a step whose norm is not finite, with all its buffers: one NaN in the gradient makes sure of that."""
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
+        if not self._broken:  # it has dropped this step already, in `update`
+            return
         self._broken.clear()
         first = next(p for p in self._parameters.values() if p.requires_grad)
         gradient = safe_get_full_grad(first)
