@@ -173,14 +173,15 @@ def divergence(q: Diagonal, p: Diagonal) -> Float[Tensor, "*rows"]:
 
 
 def sample_table(
-    q: Diagonal, observed: Bool[Tensor, "N B"], noise: Noise, purposes: Sequence[str], num: int
+    q: Diagonal, observed: Bool[Tensor, "N B"], noise: Noise, purposes: Sequence[str], num: int, *, path_gradient: bool = False
 ) -> tuple[Float[Tensor, "N {num} B D"], Float[Tensor, "N N {num} B"]]:
     """Samples z[i, k, b] of the stacked posteriors [N, B, D], and every sample under every posterior: Q[i, j, k, b] = log q_j(z[i, k, b]).
 
     0 where row b does not hold i, or not both; the noise is that of `reparameterise` with these purposes, one a posterior.
+    `path_gradient` holds the densities' parameters fixed: Q has a gradient to z alone.
     """
     counter = _cross.Counter(noise.draw, noise.keys(purposes), num)
-    return _cross.cross_log_prob(q.mean, q.scale, observed, counter, family=_family(q))
+    return _cross.cross_log_prob(q.mean, q.scale, observed, counter, family=_family(q), path_gradient=path_gradient)
 
 
 def _family(q: Diagonal) -> Literal["normal", "laplace"]:

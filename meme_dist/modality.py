@@ -1,6 +1,6 @@
 """One kind of observation: its encoder, its decoder and its likelihood."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,16 @@ from meme_dist.likelihoods import Likelihood, Rows
 SCALE_FLOOR = 1e-3  # of posterior scales; the released code clamps at the same value (MNIST) or 1e-4 (SVHN)
 
 
+def softplus_scale(raw: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """softplus(raw) + 1e-3: each coordinate has a scale of its own."""
+    return F.softplus(raw) + SCALE_FLOOR
+
+
+def softmax_scale(raw: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """D softmax(raw) + 1e-3: the scales share a sum of D, so that no posterior can become sharp everywhere (Shi et al. 2019's code)."""
+    return raw.shape[-1] * raw.softmax(-1) + SCALE_FLOOR
+
+
 class Modality(nn.Module):
     """An encoder that is a posterior when it leads and a conditional prior when it supervises, and a decoder likewise in two roles.
 
@@ -21,6 +31,9 @@ class Modality(nn.Module):
 
     `weight` multiplies this modality's log-likelihood wherever it enters the objective. Its default is 1 (the evidence itself, as in the
     released code); `balanced_weights` gives the rule for modalities whose event sizes differ by orders of magnitude.
+
+    `latent_dim` is what the encoder gives and the decoder takes. The last `private_dim` of it are latents that no other modality has: what
+    the others cannot know of this one (Palumbo et al. 2023). `to_scale` makes the posteriors' scales of the encoder's raw ones.
     """
 
     def __init__(
@@ -34,22 +47,32 @@ class Modality(nn.Module):
         embed: nn.Module | None = None,
         family: type[Diagonal] = DiagNormal,
         weight: float = 1.0,
+        private_dim: int = 0,
+        to_scale: Callable[[Tensor], Tensor] = softplus_scale,
     ):
         super().__init__()
+        if not 0 <= private_dim < latent_dim:
+            raise ValueError(f"private_dim: expected 0 to {latent_dim - 1} of {latent_dim} latents, got {private_dim}")
         self.embed, self.encoder, self.decoder = embed or nn.Identity(), encoder, decoder
         self.likelihood, self.latent_dim, self.feature = likelihood, latent_dim, feature
         self.family, self.weight = family, weight
+        self.private_dim, self.to_scale = private_dim, to_scale
+
+    @property
+    def shared_dim(self) -> int:
+        """Size of the latents that all modalities share: the first ones."""
+        return self.latent_dim - self.private_dim
 
     def encode(self, x: Shaped[Tensor, "R *event"]) -> Diagonal:
         """q(z | x) for each row, float32."""
         return self.encode_features(self.embed(x))
 
     def encode_features(self, features: Float[Tensor, "R *feature"]) -> Diagonal:
-        """q(z | features): where pseudo-inputs enter. scale = softplus(raw) + 1e-3."""
+        """q(z | features): where pseudo-inputs enter."""
         mean, raw = wide(self.encoder(features)).chunk(2, -1)
         if mean.shape[-1] != self.latent_dim:
             raise ValueError(f"encoder: expected {2 * self.latent_dim} outputs (mean and raw scale), got {2 * mean.shape[-1]}")
-        return self.family(mean, F.softplus(raw) + SCALE_FLOOR)
+        return self.family(mean, self.to_scale(raw))
 
     def log_prob(self, x: Shaped[Tensor, "X *event"], z: Float[Tensor, "K P D"], row: Rows = None) -> Float[Tensor, "K P"]:
         """weight * log p(x | z), float32, summed over the event."""

@@ -1,11 +1,31 @@
-"""Priors over z that are made of posteriors."""
+"""Priors over z: a standard density, with or without learned scales, and mixtures that are made of posteriors."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meme_dist.distributions import Diagonal
+from meme_dist.distributions import Components, Diagonal
 from meme_dist.modality import Modality
+
+
+class Standard(nn.Module):
+    """Independent coordinates of mean 0: scale 1 each, or (`learned`) scales that share a sum of D, as in Shi et al. 2019's code."""
+
+    def __init__(self, size: int, family: type[Diagonal], *, learned: bool = False):
+        super().__init__()
+        self.family = family
+        self.raw = nn.Parameter(torch.zeros(size)) if learned else None
+        self.register_buffer("mean", torch.zeros(size), persistent=False)
+
+    def density(self) -> Diagonal:
+        """The prior itself, [D]."""
+        mean = torch.as_tensor(self.mean)
+        return self.family(mean, torch.ones_like(mean) if self.raw is None else len(self.raw) * self.raw.softmax(-1))
+
+    def components(self) -> Components:
+        """The prior as a mixture of one."""
+        density = self.density()
+        return Components(self.family(density.mean[None], density.scale[None]))
 
 
 class PseudoInputs(nn.Module):

@@ -1,20 +1,23 @@
 """What an objective is, and the tables that all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from meme_dist.distributions import Components, Diagonal, Posterior
 from meme_dist.modality import Modality, same_family, stack
+from meme_dist.noise import Noise
 from meme_dist.types import Batch, Loss, Packed
 
 Shapes = Mapping[str, Sequence[tuple[int, ...]]]
 Work = Callable[[str, Tensor | None], Sequence[Tensor]]
 Each = Callable[[Shapes, Work, Tensor | None], list[Sequence[Tensor]]]
+Private = Mapping[str, Float[Tensor, "S K B P"]]
+"""Samples of each modality's own latents, for each source of shared ones."""
 
 
 def in_turn(shapes: Shapes, work: Work, shared: Tensor | None) -> list[Sequence[Tensor]]:
@@ -36,13 +39,17 @@ class Objective(nn.Module, ABC):
 
     modalities: nn.ModuleDict
 
+    private_latents = False  # whether modalities may have latents of their own
+
     def __init__(self, modalities: Mapping[str, Modality]):
         super().__init__()
         if len(modalities) < 2:
             raise ValueError(f"an objective needs at least two modalities, got {list(modalities)}")
-        sizes = {name: m.latent_dim for name, m in modalities.items()}
+        sizes = {name: m.shared_dim for name, m in modalities.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"all modalities need one latent size, got {sizes}")
+        if not self.private_latents and any(m.private_dim for m in modalities.values()):
+            raise ValueError(f"{type(self).__name__} has no private latents: leave private_dim at 0, or take MMVAEPlus or MEME")
         self.modalities = nn.ModuleDict(modalities)
         self.latent_dim = next(iter(sizes.values()))
         self.family = same_family(modalities)
@@ -70,21 +77,75 @@ class Objective(nn.Module, ABC):
 
     def posteriors(self, batch: Batch) -> Diagonal:
         """q_j(z | x_j) for the batch's modalities, stacked [N, B, D]; a standard density where x_j is absent."""
-        shapes = {name: [(len(packed.row), self.latent_dim)] * 2 for name, packed in batch.modalities.items()}
+        return self.split(self.encodings(batch))[0]
+
+    def encodings(self, batch: Batch) -> dict[str, Diagonal]:
+        """What each encoder says [B, shared and private latents]; a standard density where a row lacks the modality."""
+        shapes = {name: [(len(packed.row), self.modality(name).latent_dim)] * 2 for name, packed in batch.modalities.items()}
         encoded = self.each(shapes, lambda name, _: self.modality(name).encode(batch.modalities[name].data), None)
-        rows = [packed.row for packed in batch.modalities.values()]
-        return stack([self._unpacked(q, row, len(batch.observed)) for q, row in zip(encoded, rows, strict=True)])
+        packs = batch.modalities.items()
+        return {name: self._unpacked(q, p.row, len(batch.observed)) for (name, p), q in zip(packs, encoded, strict=True)}
+
+    def split(self, encodings: Mapping[str, Diagonal]) -> tuple[Diagonal, dict[str, Diagonal]]:
+        """q_j(z | x_j) of the shared latents, stacked [N, B, D], and q_j(w_j | x_j) of each modality's own [B, P]."""
+        size = self.latent_dim
+        shared = stack([self.family(q.mean[:, :size], q.scale[:, :size]) for q in encodings.values()])
+        return shared, {name: self.family(q.mean[:, size:], q.scale[:, size:]) for name, q in encodings.items()}
+
+    def private_prior(self, name: str) -> Diagonal:
+        """p(w) of a modality's own latents [P]: a standard density."""
+        like = next(self.modality(name).parameters()).new_zeros(self.modality(name).private_dim, dtype=torch.float32)
+        return self.family(like, torch.ones_like(like))
+
+    def private_posterior(self, name: str, rows: int, given: Batch | None) -> Diagonal:
+        """q(w | x) [B, P] of a modality's own latents in the rows of `given` that hold it, and their prior in all others."""
+        prior = self.private_prior(name)
+        shape = (rows, len(prior.mean))
+        if given is None or name not in given.modalities:
+            return self.family(prior.mean.expand(shape), prior.scale.expand(shape))
+        _, private = self.split(self.encodings(given.only(name)))
+        held = given.observed[:, list(given.modalities).index(name)][:, None]
+        q = private[name]
+        return self.family(torch.where(held, q.mean, prior.mean), torch.where(held, q.scale, prior.scale))
+
+    def reconstruct(
+        self, name: str, z: Float[Tensor, "K B D"], noise: Noise, purpose: str, *, given: Batch | None = None
+    ) -> Shaped[Tensor, "K B *event"]:
+        """The likelihood's mean at z; a modality's own latents are drawn from what `given` says of them (else from their prior)."""
+        modality = self.modality(name)
+        if modality.private_dim:
+            private = self.private_posterior(name, z.shape[1], given)
+            z = torch.cat([z, private.sample(noise, f"{purpose}/private/{name}", len(z)).to(z)], -1)
+        return modality.reconstruct(z)
 
     def _unpacked(self, q: Sequence[Tensor], row: Tensor, rows: int) -> Diagonal:
         mean, scale = q
         return self.family(unpack(mean, row, rows, 0.0), unpack(scale, row, rows, 1.0))
 
     def reconstructions(
-        self, batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True
+        self, batch: Batch, z: Float[Tensor, "N K B D"], *, own: bool = True, cross: bool = True, private: Private | None = None
     ) -> Float[Tensor, "N N K B"]:
         """`reconstruction_table` of this objective's modalities."""
         modalities = {name: self.modality(name) for name in batch.modalities}
-        return reconstruction_table(modalities, batch, z, own=own, cross=cross, each=self.each)
+        return reconstruction_table(modalities, batch, z, own=own, cross=cross, each=self.each, private=private)
+
+    def explanations(
+        self,
+        batch: Batch,
+        z: Float[Tensor, "S K B D"],
+        targets: Sequence[Collection[str]] | None = None,
+        *,
+        private: Private | None = None,
+    ) -> Float[Tensor, "S N K B"]:
+        """[s, j, k, b] = log p_j(x_j | z[s, k, b]) where row b holds j and source s is to explain it, 0 elsewhere.
+
+        A source is any density of z; `targets[s]` names what it explains (default: everything). For the objectives whose sources are the
+        modalities themselves there is `reconstructions`, which also knows which rows hold the source.
+        """
+        modalities = {name: self.modality(name) for name in batch.modalities}
+        wanted = targets or [list(modalities)] * len(z)
+        asked = {name: _held(batch, name, [s for s, named in enumerate(wanted) if name in named], len(z)) for name in modalities}
+        return explanation_table(modalities, batch, z, asked, each=self.each, private=private)
 
 
 def unpack(values: Float[Tensor, "R D"], row: Tensor, rows: int, filler: float) -> Float[Tensor, "{rows} D"]:
@@ -101,23 +162,46 @@ def reconstruction_table(
     own: bool = True,
     cross: bool = True,
     each: Each = in_turn,
+    private: Private | None = None,
 ) -> Float[Tensor, "N N K B"]:
     """A[i, j, k, b] = log p_j(x_j | z[i, k, b]) where row b holds both i and j, 0 elsewhere.
 
     Decoder j runs once, on the rows that exist: its own (`own`) and those of every other source (`cross`). With neither own nor cross
     rows in the batch it still sees its padding, whose result is cut off.
     """
-    sources, samples, rows, _ = z.shape
-    places = sources * rows + 1
-    asked = {name: _asked(packed, j, rows, places - 1, own, cross) for j, (name, packed) in enumerate(batch.modalities.items())}
+    sources, _, rows, _ = z.shape
+    asked = {name: _asked(packed, j, rows, sources * rows, own, cross) for j, (name, packed) in enumerate(batch.modalities.items())}
+    return explanation_table(modalities, batch, z, asked, each=each, private=private)
+
+
+def explanation_table(
+    modalities: Mapping[str, Modality],
+    batch: Batch,
+    z: Float[Tensor, "S K B D"],
+    asked: Mapping[str, tuple[Int[Tensor, " P"], Int[Tensor, " P"]]],
+    *,
+    each: Each = in_turn,
+    private: Private | None = None,
+) -> Float[Tensor, "S N K B"]:
+    """What is asked of each modality's decoder, each of which runs once: places in z (S * B is padding), and the data to explain there.
+
+    `private` has the samples of each modality's own latents, for each source and row as z; none where modalities have none.
+    """
+    sources, samples, rows, shared = z.shape
+    places, private = sources * rows + 1, private or {}
+    start, columns_of = shared, {}
+    for name, own in private.items():
+        columns_of[name] = slice(start, start := start + own.shape[-1])
 
     def decode(name: str, flat: Tensor | None) -> tuple[Tensor]:
         assert flat is not None
-        source, target = asked[name]
-        return (modalities[name].log_prob(batch.modalities[name].data, flat[:, source], target),)
+        place, target = asked[name]
+        latents = torch.cat([flat[..., :shared], flat[..., columns_of[name]]], -1) if name in columns_of else flat[..., :shared]
+        return (modalities[name].log_prob(batch.modalities[name].data, latents[:, place], target),)
 
-    decoded = each({name: [(samples, len(source))] for name, (source, _) in asked.items()}, decode, by_place(z))
-    columns = [a.new_zeros(samples, places).index_copy(1, source, a) for (a,), (source, _) in zip(decoded, asked.values(), strict=True)]
+    everything = by_place(torch.cat([z, *private.values()], -1) if private else z)
+    decoded = each({name: [(samples, len(place))] for name, (place, _) in asked.items()}, decode, everything)
+    columns = [a.new_zeros(samples, places).index_copy(1, place, a) for (a,), (place, _) in zip(decoded, asked.values(), strict=True)]
     return torch.stack([c[:, :-1].view(samples, sources, rows) for c in columns]).permute(2, 0, 1, 3)
 
 
@@ -133,6 +217,14 @@ def _asked(packed: Packed, j: int, rows: int, bin_: int, own: bool, cross: bool)
     source = torch.cat(([packed.source] if cross else []) + ([place] if own else []))
     target = torch.cat(([packed.target] if cross else []) + ([own_target] if own else []))
     return source, target
+
+
+def _held(batch: Batch, name: str, sources: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """The rows that hold the modality, once for each of these sources; padding where there is none, since every decoder takes part."""
+    packed, rows = batch.modalities[name], len(batch.observed)
+    row = packed.row if sources else torch.full_like(packed.row, rows)
+    place = [torch.where(row < rows, s * rows + row, count * rows) for s in sources or [0]]
+    return torch.cat(place), torch.arange(len(row), device=row.device).repeat(len(place))
 
 
 def pairs(observed: Bool[Tensor, "B N"]) -> Bool[Tensor, "N N B"]:
