@@ -2,7 +2,7 @@
 
 import tyro
 
-from benchmarks import estimators, kernels, modality_parallel, scaling, step, stream
+from benchmarks import estimators, faults, kernels, modality_parallel, scaling, step, stream
 
 MAINS = {
     "kernels": kernels.main,
@@ -11,6 +11,7 @@ MAINS = {
     "scaling": scaling.main,
     "modality_parallel": modality_parallel.main,
     "estimators": estimators.main,
+    "faults": faults.main,
 }
 
 if __name__ == "__main__":
