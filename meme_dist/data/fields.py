@@ -3,11 +3,14 @@
 Codecs are a fixed table and none of them can run code: `npy` without pickle, `png` without any other image format, `txt` as UTF-8 words.
 """
 
+import contextlib
 import functools
 import io
 import itertools
 import math
 import re
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -37,6 +40,7 @@ _LIKELIHOODS = {
 _STORED = {"image": (torch.uint8, "|u1"), "vector": (torch.float32, "<f4"), "counts": (torch.int32, "<i4")}
 _DIMENSIONS = {"image": (3,), "text": (1,)}  # vectors and counts may have any number
 _MODES = {1: "L", 3: "RGB"}  # of a png, by the number of channels
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 Buffer = bytes | bytearray | memoryview
 
 
@@ -94,15 +98,16 @@ class Field:
         if not data:
             return x
         if self.kind == "text":
-            x.numpy()[:] = [self._tokens(sentence) for sentence in data]
+            x.numpy()[:] = self._tokens(data)
             return x
         array = self._stored(data)
         if self.kind == "counts" and (array.min() < 0 or array.max() > LARGEST_COUNT):
             raise ValueError(f"expected counts from 0 to {LARGEST_COUNT}, got {array.min()} to {array.max()}")
         if self.kind == "image":
             np.divide(array, np.float32(255), out=x.numpy())
-        else:
-            np.copyto(x.numpy(), array, casting="unsafe")
+            return x
+        np.copyto(x.numpy(), array, casting="unsafe")
+        if self.kind == "vector":
             self._check_values(x)
         return x
 
@@ -138,14 +143,15 @@ class Field:
         stop = next((place for place, number in enumerate(ids) if number in (PAD, END)), len(ids))
         return " ".join(self.vocabulary[number] for number in ids[:stop])
 
-    def _tokens(self, data: Buffer) -> list[int]:
-        try:
-            words = str(data, "utf-8").split()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"expected UTF-8 text, got a byte that is none ({error.reason} at byte {error.start})") from error
+    def _tokens(self, data: Sequence[Buffer]) -> np.ndarray:
+        """Ids of the words of some sentences, [R, T]: one list of all, since numpy takes long to look into lists of lists."""
         length = self.shape[0]
-        ids = list(map(self._ids.get, words[:length], itertools.repeat(UNKNOWN)))
-        return ids if len(ids) == length else [*ids, END, *[PAD] * (length - len(ids) - 1)]
+        filling, ids = [END, *[PAD] * (length - 1)], []
+        for sentence in data:
+            words = _words(sentence)[:length]
+            ids += map(self._ids.get, words, itertools.repeat(UNKNOWN))
+            ids += filling[: length - len(words)]
+        return np.fromiter(ids, np.int64, len(ids)).reshape(len(data), length)
 
     def _stored(self, data: Sequence[Buffer]) -> np.ndarray:
         """The arrays of some rows as they are stored, [R, *event]; read only."""
@@ -155,8 +161,11 @@ class Field:
             files = np.frombuffer(b"".join(data), dtype=np.uint8).reshape(len(data), size)
             if (files[:, : len(header)] == np.frombuffer(header, dtype=np.uint8)).all():  # what `encode` writes: no parsing
                 return files[:, len(header) :].view(descr).reshape(len(data), *self.shape)
-        read = _from_png if self.codec == "png" else functools.partial(_from_npy, descr)
-        return np.frombuffer(b"".join([read(datum, self.shape) for datum in data]), dtype=descr).reshape(len(data), *self.shape)
+        if self.codec == "png":
+            channels, height, width = self.shape
+            pixels = b"".join([_from_png(datum, self.shape) for datum in data])
+            return np.frombuffer(pixels, dtype=np.uint8).reshape(len(data), height, width, channels).transpose(0, 3, 1, 2)
+        return np.frombuffer(b"".join([_from_npy(descr, datum, self.shape) for datum in data]), dtype=descr).reshape(len(data), *self.shape)
 
     @cached_property
     def _layout(self) -> tuple[bytes, int]:
@@ -167,7 +176,7 @@ class Field:
         return out.getvalue(), out.tell() + math.prod(self.shape) * np.dtype(descr).itemsize
 
     def _check_values(self, x: Tensor) -> None:
-        if self.kind == "vector" and not torch.isfinite(x).all():
+        if self.kind == "vector" and not np.isfinite(x.numpy(force=True)).all():
             raise ValueError(f"expected finite numbers, got {int((~torch.isfinite(x)).sum())} that are NaN or infinite")
         if self.kind == "vector" and self.likelihood == "bernoulli" and ((x < 0) | (x > 1)).any():
             raise ValueError(f"expected numbers in [0, 1] for a bernoulli likelihood, got {float(x.min())} to {float(x.max())}")
@@ -217,6 +226,13 @@ def _check_vocabulary(field: Field) -> None:
         raise ValueError(f"vocabulary: expected words without white space, got {bad[0]!r}")
 
 
+def _words(data: Buffer) -> list[str]:
+    try:
+        return str(data, "utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text, got a byte that is none ({error.reason} at byte {error.start})") from error
+
+
 def _whole_numbers(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all() or (x != x.round() if x.is_floating_point() else x != x).any():
         raise ValueError(f"expected whole numbers, got {_name(x.dtype)} with fractions, NaN or infinity")
@@ -248,15 +264,39 @@ def _to_png(array: np.ndarray) -> bytes:
 
 
 def _from_png(data: Buffer, shape: tuple[int, ...]) -> bytes:
+    """The pixels, [H, W, C]. Pillow unpacks them; to have it look for all else that a file may hold takes half as long again."""
+    channels, height, width = shape
+    mode = _MODES[channels]
+    if (packed := _packed_pixels(data, _png_head(shape))) is not None:
+        with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it: said below
+            return Image.frombytes(mode, (width, height), packed, "zip", mode).tobytes()
     try:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
-        channels, height, width = shape
-        if image.size != (width, height) or image.mode != _MODES[channels]:  # before the pixels are unpacked
-            raise ValueError(f"expected a {_MODES[channels]} png of {width} x {height}, got {image.mode} {image.size[0]} x {image.size[1]}")
-        array = np.asarray(image)
+        if image.size != (width, height) or image.mode != mode:  # before the pixels are unpacked
+            raise ValueError(f"expected a {mode} png of {width} x {height}, got {image.mode} {image.size[0]} x {image.size[1]}")
+        return image.tobytes()
     except (OSError, SyntaxError) as error:  # what pillow raises for broken files
         raise ValueError(f"expected a png of shape {shape}, got {len(data)} bytes that are none ({error})") from error
-    return array.reshape(height, width, channels).transpose(2, 0, 1).tobytes()
+
+
+def _packed_pixels(data: Buffer, head: bytes) -> bytes | None:
+    """What the file packs, if it is one that begins with `head` and holds nothing else: what `encode` writes."""
+    view, place, found = memoryview(data), len(head), []
+    if view[:place] != head:
+        return None
+    while view[place + 4 : place + 8] == b"IDAT":
+        size = int.from_bytes(view[place : place + 4])
+        found.append(view[place + 8 : place + 8 + size])
+        place += size + 12  # a chunk is its size, its name, so many bytes, and a checksum
+    return b"".join(found) if view[place:] == _PNG_END else None
+
+
+@functools.cache
+def _png_head(shape: tuple[int, ...]) -> bytes:
+    """Signature and first chunk of a png of 8 bits a channel, not interlaced."""
+    channels, height, width = shape
+    chunk = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 def _name(dtype: torch.dtype) -> str:

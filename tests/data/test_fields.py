@@ -3,6 +3,9 @@
 import io
 import json
 import pickle
+import struct
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -62,6 +65,17 @@ def test_sentences_and_their_token_ids_come_back_and_long_ones_are_cut(numbers: 
 
 def test_a_word_that_the_vocabulary_lacks_is_unknown() -> None:
     assert TEXT.decode(TEXT.encode("red fish")).tolist() == [3, UNKNOWN, END, PAD, PAD]
+
+
+def test_sentences_of_any_lengths_read_together_stay_in_their_rows() -> None:
+    sentences = ["red", "", "bird red a.b red bird", "red red red bird fish red größer", "  fish\n größer "]
+    assert TEXT.decode_rows([sentence.encode() for sentence in sentences]).tolist() == [
+        [3, END, PAD, PAD, PAD],
+        [END, PAD, PAD, PAD, PAD],
+        [4, 3, 6, 3, 4],
+        [3, 3, 3, 4, UNKNOWN],
+        [UNKNOWN, 5, END, PAD, PAD],
+    ]
 
 
 FIELDS = [
@@ -180,6 +194,102 @@ def test_wrong_pictures_are_refused_with_what_was_expected_and_what_came() -> No
     ]:
         with pytest.raises(ValueError, match=message):
             field.decode(data)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """One chunk of a png, as its standard (ISO 15948, 5.3) spells it."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+PICTURE = Field("image", (3, 12, 9), "png", "laplace")
+PIXELS = torch.randint(0, 256, PICTURE.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) // 16
+FILE = PICTURE.encode(PIXELS)
+HEAD, PACKED, TAIL = FILE[:33], FILE[41:-16], FILE[-12:]  # signature and size; what is packed; the end
+
+
+def by_pillow(data: bytes) -> torch.Tensor | None:
+    """The pixels as Pillow finds them without our help, None where it finds none."""
+    try:
+        array = np.array(Image.open(io.BytesIO(data), formats=["PNG"]))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return torch.from_numpy(array).permute(2, 0, 1) if array.shape == (12, 9, 3) else None
+
+
+def by_field(data: bytes) -> torch.Tensor | None:
+    try:
+        return (PICTURE.decode(data) * 255).round().byte()
+    except ValueError as error:
+        assert "bytes that are none" in str(error) or "expected a RGB png" in str(error)
+        return None
+
+
+def test_a_png_that_was_written_here_is_unpacked_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = HEAD + chunk(b"IDAT", PACKED[:20]) + chunk(b"IDAT", b"") + chunk(b"IDAT", PACKED[20:]) + TAIL
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("pillow was asked what the file is"))
+    assert torch.equal(PICTURE.decode(FILE), PICTURE.decode(pieces)) and torch.equal(PICTURE.decode(FILE), PIXELS.float() / 255)
+
+
+def test_a_png_may_come_in_pieces_and_hold_more_than_pixels() -> None:
+    assert HEAD + chunk(b"IDAT", PACKED) + TAIL == FILE
+    for body in (
+        chunk(b"IDAT", PACKED[:20]) + chunk(b"IDAT", b"") + chunk(b"IDAT", PACKED[20:]),
+        chunk(b"tEXt", b"a\0b") + chunk(b"IDAT", PACKED),
+        chunk(b"IDAT", PACKED) + chunk(b"tIME", bytes(7)),
+    ):
+        assert torch.equal(PICTURE.decode(HEAD + body + TAIL), PIXELS.float() / 255)
+
+
+def cut(file: bytearray, random: np.random.Generator) -> bytes:
+    return bytes(file[: random.integers(len(file))])
+
+
+def flipped(file: bytearray, random: np.random.Generator) -> bytes:
+    file[random.integers(len(file))] ^= 1 << random.integers(8)
+    return bytes(file)
+
+
+def repacked(file: bytearray, random: np.random.Generator) -> bytes:
+    """Sealed by all checksums, but with rows too many or too few, or a filter that there is not."""
+    rows = bytearray(zlib.decompress(PACKED))
+    rows[28 * random.integers(12)] = random.integers(8)
+    rows += bytes(60)
+    return HEAD + chunk(b"IDAT", zlib.compress(bytes(rows[: 12 * 28 + random.integers(-30, 60)]))) + TAIL
+
+
+def misplaced(file: bytearray, random: np.random.Generator) -> bytes:
+    """A chunk that promises more or less than it holds."""
+    file[33:37] = struct.pack(">I", random.choice([0, len(PACKED) - 1, len(PACKED) + 1, 2**31, 2**32 - 1]))
+    return bytes(file)
+
+
+def followed(file: bytearray, random: np.random.Generator) -> bytes:
+    """Pixels as they should be, and behind them a chunk with another bit."""
+    extra = bytearray(chunk(b"tIME", bytes(7)))
+    extra[random.integers(len(extra))] ^= 1 << random.integers(8)
+    return bytes(file[:-12] + extra + file[-12:])
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, repacked, misplaced, followed], ids=lambda damage: damage.__name__)
+def test_a_damaged_png_is_refused_wherever_pillow_refuses_it(damage: Callable[[bytearray, np.random.Generator], bytes]) -> None:
+    random, refusals = np.random.default_rng(0), 0
+    for _ in range(200):
+        data = damage(bytearray(FILE), random)
+        expected, found = by_pillow(data), by_field(data)
+        assert (expected is None) == (found is None) and (expected is None or torch.equal(expected, found))
+        refusals += expected is None
+    assert refusals > 30
+
+
+def test_numbers_out_of_range_are_refused_when_they_are_read() -> None:
+    counts, shares = Field("counts", (2,), "npy", "poisson"), Field("vector", (2,), "npy", "bernoulli")
+    for bad in (-1, LARGEST_COUNT + 1):
+        rows = [counts.encode(torch.tensor([0, 3])), npy(np.array([bad, 1], np.int32))]
+        with pytest.raises(ValueError, match=f"expected counts from 0 to {LARGEST_COUNT}, got .*{bad}"):
+            counts.decode_rows(rows)
+    for bad in (-0.5, 1.5, np.inf):
+        with pytest.raises(ValueError, match="expected (finite )?numbers"):
+            shares.decode_rows([shares.encode(torch.tensor([0.0, 1.0])), npy(np.array([bad, 1], np.float32))])
 
 
 def test_text_that_is_no_utf8_is_refused() -> None:
