@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meme_dist.noise import Noise
 from meme_kernels import cross_log_prob as _cross
 from meme_kernels import mixture_log_prob as _mixture
 from meme_kernels import pairwise_w2 as _w2
+from meme_kernels import product_divergence as _product_divergence
 from meme_kernels import product_of_experts as _product
 from meme_kernels.log_likelihood import log_likelihood
 from meme_kernels.meme_bound import Drawn, meme_bound, resample
@@ -225,6 +226,105 @@ def pairwise_w2(a: Diagonal, b: Diagonal) -> Float[Tensor, "S T"]:
     return _w2.pairwise_w2(a.mean, a.stddev, b.mean, b.stddev)
 
 
+# ---- mixtures and products over subsets of experts --------------------------------------------------------------------------------------
+
+TABLE = 2**24  # numbers that a density of a mixture holds at once: 64 MiB in float32
+
+
+class WeightedMixture(NamedTuple):
+    """For each row a mixture of S components [S, B, D] whose weights sum to 1: `log_weight` [S, B], -inf for what the row has not."""
+
+    components: Diagonal
+    log_weight: Float[Tensor, "S B"]
+
+    @property
+    def mean(self) -> Float[Tensor, "B D"]:
+        """Mean of the mixture."""
+        return (self.log_weight.exp()[..., None] * self.components.mean).sum(0)
+
+    @property
+    def stddev(self) -> Float[Tensor, "B D"]:
+        """Standard deviation of the mixture, coordinate by coordinate (law of total variance)."""
+        second = self.components.stddev.square() + (self.components.mean - self.mean).square()
+        return (self.log_weight.exp()[..., None] * second).sum(0).sqrt()
+
+    def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]:
+        """Draw a component, then draw from it (not reparameterised over the choice)."""
+        edges = self.log_weight.exp().cumsum(0)[:, None]  # [S, 1, B]
+        uniform = noise.uniform(f"{purpose}/component", num, 1)[..., 0].to(edges.dtype)
+        pick = (uniform * edges[-1] > edges).sum(0).clamp(max=len(edges) - 1)[..., None].expand(-1, -1, self.components.mean.shape[-1])
+        chosen = type(self.components)(self.components.mean.gather(0, pick), self.components.scale.gather(0, pick))
+        return chosen.reparameterise(noise, purpose, num)
+
+    def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
+        """log sum_s weight_s q_s(z), some components at a time: [S, K, B, D] is not held beyond `TABLE` numbers."""
+        step, (mean, scale) = max(1, TABLE // max(1, z.numel())), self.components
+        parts = zip(mean[:, None].split(step), scale[:, None].split(step), strict=True)
+        table = torch.cat([type(self.components)(m, s).log_prob(z.expand(len(m), *z.shape)) for m, s in parts])
+        return torch.logsumexp(table + self.log_weight[:, None], 0)
+
+
+def even_mixture(components: Diagonal, present: Bool[Tensor, "S B"]) -> WeightedMixture:
+    """The even mixture over each row's present components; over all of them where a row has none (which are then to be standard ones)."""
+    some = torch.where(present.any(0), present, True)
+    count = some.sum(0).to(components.mean.dtype)
+    return WeightedMixture(components, torch.where(some, -count.log(), -torch.inf))
+
+
+def product_divergence(experts: Diagonal, mask: Bool[Tensor, "S *rows"], *, standard: bool) -> tuple[DiagNormal, Float[Tensor, "S B"]]:
+    """Products of the stacked Normal experts [N, B, D], one for each of S masks [S, N] or [S, N, B], and KL(product || N(0, I)) in nats.
+
+    An empty product counts as N(0, I). Raises ValueError for Laplace experts, as `product` does.
+    """
+    mean, scale = _normal(experts)
+    joint, deviation, kl = _product_divergence.product_divergence(mean, scale, mask, standard=standard)
+    return DiagNormal(joint, deviation), kl
+
+
+def expert_divergence(experts: Diagonal, mask: Bool[Tensor, "S N B"]) -> tuple[DiagNormal, Float[Tensor, "S N B"]]:
+    """As `product_divergence` without a standard expert, with KL(product || expert n) instead: 0 for experts outside the mask."""
+    mean, scale = _normal(experts)
+    joint, deviation, kl = _product_divergence.product_divergence(mean, scale, mask, standard=False, against="experts")
+    return DiagNormal(joint, deviation), kl
+
+
+def _normal(experts: Diagonal) -> DiagNormal:
+    if not isinstance(experts, DiagNormal):
+        raise ValueError(f"a product of experts needs Normal posteriors, got {type(experts).__name__}: only theirs has a closed form")
+    return experts
+
+
+def holder_pool(experts: Diagonal, observed: Bool[Tensor, "N B"]) -> WeightedMixture:
+    """Hoelder pooling at alpha = 1/2 of each row's observed Normal experts [N, B, D], exactly, with even weights of the experts:
+
+        q(z) ~ (sum_i sqrt q_i)^2 = sum_i q_i + 2 sum_{i<j} sqrt(q_i q_j),    sqrt(q_i q_j) = BC_ij N(m_ij, s_ij^2)
+        1 / s_ij^2 = (1 / s_i^2 + 1 / s_j^2) / 2,    m_ij = (m_i s_j^2 + m_j s_i^2) / (s_i^2 + s_j^2)
+        log BC_ij  = sum_d  1/2 log (2 s_i s_j / (s_i^2 + s_j^2)) - (m_i - m_j)^2 / (4 (s_i^2 + s_j^2))
+
+    Its N (N + 1) / 2 components come in the order of `pairs_of`: weight 1 for i = j and 2 BC_ij for i < j, divided by their sum. BC_ij is
+    the Bhattacharyya coefficient: 1 where experts agree, 0 where they do not overlap, and then the pool is their even mixture. A row that
+    observes nothing pools all its experts (which are then to be standard ones). Raises ValueError for Laplace experts.
+    """
+    mean, scale = _normal(experts)
+    i, j = pairs_of(len(mean), mean.device)
+    sum_of_squares = scale[i].square() + scale[j].square()
+    shift = mean[j] - mean[i]
+    components = DiagNormal(
+        mean[i] + shift * scale[i].square() / sum_of_squares,  # exactly mean[i] for i = j
+        scale[i] * scale[j] * (2 / sum_of_squares).sqrt(),
+    )
+    overlap = ((2 * scale[i] * scale[j] / sum_of_squares).log() / 2 - shift.square() / (4 * sum_of_squares)).sum(-1)
+    some = torch.where(observed.any(0), observed, True)
+    weight = torch.where(some[i] & some[j], overlap + (i != j)[:, None] * math.log(2), -torch.inf)
+    return WeightedMixture(components, weight.log_softmax(0))
+
+
+def pairs_of(count: int, device: torch.device) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
+    """The pairs i <= j below `count`, C = count (count + 1) / 2 of them, row by row."""
+    i, j = torch.triu_indices(count, count, device=device)
+    return i, j
+
+
 __all__ = [
     "Components",
     "DiagLaplace",
@@ -233,13 +333,19 @@ __all__ = [
     "Drawn",
     "Mixture",
     "Posterior",
+    "WeightedMixture",
     "divergence",
+    "even_mixture",
+    "expert_divergence",
+    "holder_pool",
     "log_likelihood",
     "meme_bound",
     "mixture_of",
     "pair_divergence",
+    "pairs_of",
     "pairwise_w2",
     "product",
+    "product_divergence",
     "resample",
     "sample_table",
     "token_log_prob",

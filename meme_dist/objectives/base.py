@@ -94,7 +94,7 @@ class Objective(nn.Module, ABC):
 
     def private_prior(self, name: str) -> Diagonal:
         """p(w) of a modality's own latents [P]: a standard density."""
-        like = next(self.modality(name).parameters()).new_zeros(self.modality(name).private_dim, dtype=torch.float32)
+        like = next(self.parameters()).new_zeros(self.modality(name).private_dim, dtype=torch.float32)
         return self.family(like, torch.ones_like(like))
 
     def private_posterior(self, name: str, rows: int, given: Batch | None) -> Diagonal:
@@ -107,6 +107,22 @@ class Objective(nn.Module, ABC):
         held = given.observed[:, list(given.modalities).index(name)][:, None]
         q = private[name]
         return self.family(torch.where(held, q.mean, prior.mean), torch.where(held, q.scale, prior.scale))
+
+    def private_samples(self, own: Mapping[str, Diagonal], batch: Batch, num: int, cross: Mapping[str, Diagonal]) -> Private:
+        """A modality's own latents for every source of shared ones: its posterior's where it is the source, else draws of `cross` [P].
+
+        Where another modality leads, this one's own latents are unknown. Empty where no modality has any.
+        """
+        noise, sources = Noise(batch.seed, batch.draw), torch.arange(len(own), device=batch.observed.device)
+        samples: dict[str, Tensor] = {}
+        for j, (name, q) in enumerate(own.items()):
+            if not self.modality(name).private_dim:
+                continue
+            other = self.family(cross[name].mean.expand_as(q.mean), cross[name].scale.expand_as(q.scale))
+            others = other.reparameterise(noise, f"{name}/cross", len(own) * num).unflatten(0, (len(own), num))
+            mine = q.reparameterise(noise, f"{name}/private", num)
+            samples[name] = torch.where((sources == j)[:, None, None, None], mine, others)
+        return samples
 
     def reconstruct(
         self, name: str, z: Float[Tensor, "K B D"], noise: Noise, purpose: str, *, given: Batch | None = None

@@ -38,7 +38,7 @@ from meme_dist.distributions import (
 )
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, by_place, pairs
+from meme_dist.objectives.base import Objective, Private, by_place, pairs
 from meme_dist.priors import PseudoInputs, join
 from meme_dist.types import Batch, Loss, Sums
 
@@ -59,8 +59,12 @@ class MEME(Objective):
     `log_ratio`: the KL in closed form where p(z | x_T) is one expert or a product (the released code), else and with `sampled` the
       sample's log-ratio under w, which is the paper's bound.
     `cross_weight`: c. At 1 the gradient of the cross terms cancels exactly; the released code, and so its published numbers, use 10.
+    Modalities may have latents of their own (`private_dim`): source i then explains itself with w_i ~ q_i(w_i | x_i) at the price of
+    KL(q_i(w_i | x_i) || N(0, I)), and the others with draws of theirs from N(0, I), since it cannot know them. The bound stays one.
     `stop_gradient=False` keeps the gradient of w (the full estimator, eq. 7); not defined for `resampled`.
     """
+
+    private_latents = True
 
     def __init__(
         self,
@@ -107,10 +111,11 @@ class MEME(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """-(sum over rows and observed i of L_i / |observed|), with each modality's terms as means over the rows that hold it."""
-        q, observed = self.posteriors(batch), batch.observed.T
+        (q, private), observed = self.split(self.encodings(batch)), batch.observed.T
         z, density = sample_table(q, observed, Noise(batch.seed, batch.draw), list(batch.modalities), self.samples)
         decode = {"released": self._released, "rao_blackwell": self._rao_blackwell, "resampled": self._resampled}[self.estimator]
-        own, cross, drawn = decode(batch, z)
+        own, cross, drawn = decode(batch, z, self.private_samples(private, batch, self.samples, self._private_priors(batch)))
+        own = own - self._private_divergence(private).unsqueeze(1)
         bound = meme_bound(
             own,
             cross,
@@ -124,6 +129,13 @@ class MEME(Objective):
             **self._conditional_prior(q, z, batch.observed),
         )
         return Loss(self._touch(batch) - bound.objective.sum(), self._terms(batch, bound.metrics))
+
+    def _private_priors(self, batch: Batch) -> dict[str, Diagonal]:
+        return {name: self.private_prior(name) for name in batch.modalities}
+
+    def _private_divergence(self, private: Mapping[str, Diagonal]) -> Float[Tensor, "N B"]:
+        """KL(q_i(w_i | x_i) || p(w_i)) of latents that a modality has for itself; 0 without any, and where it is absent."""
+        return torch.stack([divergence(q, self.private_prior(name)) for name, q in private.items()])
 
     def _conditional_prior(self, q: Diagonal, z: Float[Tensor, "N K B D"], observed: Bool[Tensor, "B N"]) -> dict[str, Tensor | None]:
         """What the bound needs of p(z | x_T) beside the table: a product's log density, and -KL where it has a closed form."""
@@ -150,26 +162,28 @@ class MEME(Objective):
         return cast(PseudoInputs, self.pseudo[name])
 
     def _pseudo_posteriors(self, names: Sequence[str]) -> list[Diagonal]:
-        shapes = dict.fromkeys(names, [(self.pseudo_inputs, self.latent_dim)] * 2)
+        shapes = {name: [(self.pseudo_inputs, self.modality(name).latent_dim)] * 2 for name in names}
         encoded = self.each(shapes, lambda name, _: self._pseudo(name).posterior(self.modality(name)), None)
-        return [self.family(*q) for q in encoded]
+        return [self.family(mean[:, : self.latent_dim], scale[:, : self.latent_dim]) for mean, scale in encoded]
 
-    def _rao_blackwell(self, batch: Batch, z: Tensor) -> "_Decoded":
-        table = self.reconstructions(batch, z)
+    def _rao_blackwell(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
+        table = self.reconstructions(batch, z, private=private)
         return _Decoded(_own(table), table)
 
-    def _released(self, batch: Batch, z: Tensor) -> "_Decoded":
-        cross = self.reconstructions(batch, z, own=False)
-        return _Decoded(_own(self.reconstructions(batch, z[:, :1], cross=False)), cross)
+    def _released(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
+        cross = self.reconstructions(batch, z, own=False, private=private)
+        first = {name: own[:, :1] for name, own in private.items()}
+        return _Decoded(_own(self.reconstructions(batch, z[:, :1], cross=False, private=first)), cross)
 
-    def _resampled(self, batch: Batch, z: Tensor) -> "_Decoded":
+    def _resampled(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
         with torch.no_grad():
-            cross = self.reconstructions(batch, z, own=False)
+            cross = self.reconstructions(batch, z, own=False, private=private)
         noise = Noise(batch.seed, batch.draw)
         uniform = torch.stack([noise.uniform(f"{name}/resample", 1, 1)[0, :, 0] for name in batch.modalities])
         drawn = resample(cross, batch.observed.T, uniform)
-        chosen = drawn.index[:, None, :, None].expand(-1, -1, -1, z.shape[-1])
-        table = self.reconstructions(batch, z.gather(1, chosen))
+        place = drawn.index[:, None, :, None]
+        z, *own = (x.gather(1, place.expand(-1, -1, -1, x.shape[-1])) for x in (z, *private.values()))
+        table = self.reconstructions(batch, z, private=dict(zip(private, own, strict=True)))
         return _Decoded(_own(table), table, drawn)
 
     def _touch(self, batch: Batch) -> Tensor:

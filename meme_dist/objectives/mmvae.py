@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from meme_dist.bounds import Weighted, drawn, importance_weighted, scale_gradient, surrogate
-from meme_dist.distributions import Components, Mixture, Posterior, mixture_of, sample_table
+from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, mixture_of, sample_table
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective
+from meme_dist.objectives.base import Objective, Private
 from meme_dist.priors import Standard
 from meme_dist.types import Batch, Loss, Sums
 
@@ -68,7 +68,7 @@ class MMVAE(Objective):
         """-(sum over rows of the bound)."""
         drawn_ones = self._sampled(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.resampled):
-            table = self.reconstructions(batch, drawn_ones.z)
+            table = self.reconstructions(batch, drawn_ones.z, private=drawn_ones.private)
         log_weight = self._log_weight(table.sum(1), drawn_ones, batch)
         weighted = importance_weighted(log_weight, batch.observed.T, tight=self.tight)
         if self.resampled:
@@ -78,34 +78,45 @@ class MMVAE(Objective):
             self._double(drawn_ones, self._second(weighted, batch))
         return Loss(-surrogate(weighted.bound, through).sum(), self._terms(batch, weighted, table))
 
-    def _sampled(self, batch: Batch) -> "_Samples":
-        q, noise = self.posteriors(batch), Noise(batch.seed, batch.draw)
+    def _sampled(self, batch: Batch) -> "Samples":
+        q, own = self.split(self.encodings(batch))
         names, stopped = list(batch.modalities), self.gradient == "dreg"
-        return _Samples(*sample_table(q, batch.observed.T, noise, names, self.samples, path_gradient=stopped))
+        noise = Noise(batch.seed, batch.draw)
+        z, density = sample_table(q, batch.observed.T, noise, names, self.samples, path_gradient=stopped)
+        z = z.view_as(z)  # from here on a node apart from that of the densities, which dreg weighs by themselves
+        private, ratio = self._private(own, batch)
+        source = torch.arange(len(z), device=z.device)[:, None, None].expand(z.shape[:3])
+        return Samples(z, density, source, z.new_zeros(z.shape[:3]) if ratio is None else ratio, private)
 
-    def _log_weight(self, explained: Float[Tensor, "S K B"], samples: "_Samples", batch: Batch) -> Float[Tensor, "S K B"]:
+    def _private(self, own: Mapping[str, Diagonal], batch: Batch) -> tuple[Private, Tensor | None]:
+        """Samples of the modalities' own latents, and log p - log q of those of each source; MMVAE has none."""
+        return {}, None
+
+    def _log_weight(self, explained: Float[Tensor, "S K B"], samples: "Samples", batch: Batch) -> Float[Tensor, "S K B"]:
         mixture = mixture_of(samples.density.transpose(0, 1), batch.observed.T[:, None, None])
-        return explained + self.beta * (self.standard.density().log_prob(samples.z) - mixture)
+        return explained + self.beta * (self.standard.density().log_prob(samples.z) - mixture + samples.ratio)
 
     def _second(self, weighted: Weighted, batch: Batch) -> Float[Tensor, "S K B"]:
         """A sample's weight within the bound that it is part of: that of its modality, or the tight one."""
         return weighted.weight if self.tight else weighted.weight * batch.observed.sum(1).clamp(min=1)
 
-    def _double(self, samples: "_Samples", weight: Float[Tensor, "S K B"]) -> None:
-        """The second weight of dreg, on both ways in which a sample's place enters."""
+    def _double(self, samples: "Samples", weight: Float[Tensor, "S K B"]) -> None:
+        """The second weight of dreg, on every way in which a sample's place enters."""
         if self.gradient == "dreg":
             scale_gradient(samples.z, weight[..., None])
             scale_gradient(samples.density, weight[:, None])
 
-    def _resampled(self, batch: Batch, samples: "_Samples", weighted: Weighted) -> Float[Tensor, " B"]:
+    def _resampled(self, batch: Batch, samples: "Samples", weighted: Weighted) -> Float[Tensor, " B"]:
         """log w of one sample of each modality (averaged), or of one of all: its gradient is that of the bound, in expectation."""
-        uniform = self._uniform(batch)
-        index, second = drawn(weighted, uniform), self._second(weighted, batch)
-        chosen, second = (_of_all if self.tight else _of_each)(samples, second, index)
-        self._double(chosen, second)
+        index, second = drawn(weighted, self._uniform(batch)), self._second(weighted, batch)
         if self.tight:
-            return self._log_weight(self.explanations(batch, chosen.z).sum(1), chosen, batch)[0, 0]
-        log_weight = self._log_weight(self.reconstructions(batch, chosen.z).sum(1), chosen, batch)[:, 0]
+            chosen, second = _merged(samples).at(index), second.flatten(0, 1)[None].gather(1, index[:, None])
+            self._double(chosen, second)
+            explained = self.explanations(batch, chosen.z, private=chosen.private)
+            return self._log_weight(explained.sum(1), chosen, batch)[0, 0]
+        chosen, second = samples.at(index), second.gather(1, index[:, None])
+        self._double(chosen, second)
+        log_weight = self._log_weight(self.reconstructions(batch, chosen.z, private=chosen.private).sum(1), chosen, batch)[:, 0]
         observed = batch.observed.T
         return torch.where(observed, log_weight, 0.0).sum(0) / observed.sum(0).clamp(min=1)
 
@@ -124,22 +135,37 @@ class MMVAE(Objective):
         return terms | {"bound": Sums(weighted.bound.detach().sum(), rows), "ess": Sums(ess.sum(), rows)}
 
 
-class _Samples(NamedTuple):
-    """Samples, and each of them under each modality's posterior."""
+class Samples(NamedTuple):
+    """Samples, each of them under each modality's posterior, and what belongs to latents that modalities have for themselves."""
 
     z: Float[Tensor, "S K B D"]
     density: Float[Tensor, "S N K B"]
+    source: Int[Tensor, "S K B"]
+    ratio: Float[Tensor, "S K B"]
+    private: Private
+
+    def at(self, index: Int[Tensor, "S B"]) -> "Samples":
+        """One sample of each source."""
+        place = index[:, None]
+        return Samples(
+            _taken(self.z, place),
+            self.density.gather(2, place[:, None].expand(-1, self.density.shape[1], -1, -1)),
+            self.source.gather(1, place),
+            self.ratio.gather(1, place),
+            {name: _taken(own, place) for name, own in self.private.items()},
+        )
 
 
-def _of_each(samples: _Samples, second: Float[Tensor, "S K B"], index: Int[Tensor, "S B"]) -> tuple[_Samples, Float[Tensor, "S 1 B"]]:
-    """One sample of each source."""
-    place = index[:, None]
-    z = samples.z.gather(1, place[..., None].expand(-1, -1, -1, samples.z.shape[-1]))
-    density = samples.density.gather(2, place[:, None].expand(-1, samples.density.shape[1], -1, -1))
-    return _Samples(z, density), second.gather(1, place)
+def _taken(z: Float[Tensor, "S K B D"], place: Int[Tensor, "S 1 B"]) -> Float[Tensor, "S 1 B D"]:
+    return z.gather(1, place[..., None].expand(-1, -1, -1, z.shape[-1]))
 
 
-def _of_all(samples: _Samples, second: Float[Tensor, "S K B"], index: Int[Tensor, "1 B"]) -> tuple[_Samples, Float[Tensor, "1 1 B"]]:
-    """One sample of all sources: one source of one sample."""
-    merged = _Samples(samples.z.flatten(0, 1)[None], samples.density.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None])
-    return _of_each(merged, second.flatten(0, 1)[None], index)
+def _merged(samples: Samples) -> Samples:
+    """The samples of all sources as those of one."""
+    return Samples(
+        samples.z.flatten(0, 1)[None],
+        samples.density.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None],
+        samples.source.flatten(0, 1)[None],
+        samples.ratio.flatten(0, 1)[None],
+        {name: own.flatten(0, 1)[None] for name, own in samples.private.items()},
+    )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from meme_dist.classifiers import Build, small_network
 from meme_dist.data.fields import Field
@@ -12,9 +12,17 @@ from meme_dist.data.index import Manifest
 from meme_dist.data.shards import Dataset
 from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal
 from meme_dist.evaluate import Measures
-from meme_dist.modality import Modality, balanced_weights
+from meme_dist.modality import Modality, balanced_weights, softmax_scale, softplus_scale
 from meme_dist.objectives.base import Objective
+from meme_dist.objectives.holder import Holder
+from meme_dist.objectives.jmvae import JMVAE
 from meme_dist.objectives.meme import MEME, Combination, Estimator, LogRatio
+from meme_dist.objectives.mmvae import MMVAE, Gradient
+from meme_dist.objectives.mmvaeplus import MMVAEPlus
+from meme_dist.objectives.mmvm import MMVM
+from meme_dist.objectives.mopoe import MoPoE
+from meme_dist.objectives.mvae import MVAE
+from meme_dist.objectives.mvtcae import MVTCAE
 from meme_dist.train.training import Training
 
 
@@ -37,28 +45,49 @@ class Recipe:
             raise ValueError("a recipe needs a data set to write or a folder of shards that exists: exactly one of the two")
 
 
+Name = Literal["meme", "mvae", "mmvae", "mmvaeplus", "mopoe", "mvtcae", "jmvae", "mmvm", "holder"]
+
+
 @dataclass(frozen=True)
 class Model:
-    """The objective and the size of its networks."""
+    """The objective and the size of its networks. In brackets who reads a setting; the others ignore it."""
 
+    objective: Name = "meme"
+    """What is optimised: MEME, or a rival (docs/objectives.md)."""
     latent_dim: int = 64
-    """Size of the latent space."""
+    """Size of each modality's latent space, the private part included."""
+    private_dim: int = 0
+    """How many of the latents each modality has for itself: what the others cannot know of it (meme, mmvaeplus)."""
     posterior: Literal["normal", "laplace"] = "normal"
     """Family of the posteriors."""
+    scales: Literal["softplus", "softmax"] = "softplus"
+    """Posterior scales: each free, or with a fixed sum so that none can become sharp everywhere (MMVAE as published)."""
     pseudo_inputs: int = 100
-    """Learnable pseudo-inputs of each modality: what stands in for it in rows where it is missing."""
+    """Learnable pseudo-inputs of each modality: what stands in for it in rows where it is missing (meme)."""
     samples: int = 11
-    """Posterior samples of a row and source (K)."""
+    """Posterior samples of a row and source, K (meme, mmvae, mmvaeplus)."""
     estimator: Estimator = "resampled"
-    """Gradient estimator: resampled (cheapest), rao_blackwell (lowest variance) or released (the authors' code)."""
+    """Gradient estimator of meme: resampled (cheapest), rao_blackwell (lowest variance) or released (the authors' code)."""
     cross_weight: float = 10.0
-    """Weight of log q(target | source): 10 in the released code, 1 in the paper (where the cross gradient cancels)."""
+    """Weight of log q(target | source) in meme: 10 in the released code, 1 in the paper (where the cross gradient cancels)."""
     combination: Combination = "mixture"
-    """How several observed modalities combine."""
+    """How several observed modalities combine (meme)."""
     log_ratio: LogRatio = "closed_form"
-    """KL in closed form where there is one, or the log-ratio at the samples (the paper's bound)."""
+    """KL in closed form where there is one, or the log-ratio at the samples, the paper's bound (meme)."""
     stop_gradient: bool = True
-    """Stop the gradient of the importance weights (appendix B of the paper); released and rao_blackwell can do without."""
+    """Stop the gradient of the importance weights (appendix B of the paper); released and rao_blackwell can do without (meme)."""
+    gradient: Gradient = "dreg"
+    """That of the importance-weighted bound, or doubly reparameterised (mmvae, mmvaeplus)."""
+    tight: bool = False
+    """The bound over all samples of a row instead of the mean over its modalities (mmvae, mmvaeplus)."""
+    resampled: bool = True
+    """Differentiate one sample drawn by weight instead of all: the same in expectation, for less than half (mmvae, mmvaeplus, holder)."""
+    beta: float | None = None
+    """Weight of the divergences (all but meme); by default what was published: 1, or 2.5 for mopoe and mvtcae."""
+    alpha: float | None = None
+    """mvtcae: share of the total correlation (.9); jmvae: weight of the single encoders (.1); mmvm: of the standard prior (0)."""
+    subsets: int | None = None
+    """Random subsets of a row: mvae's extra bounds (1 from three modalities on), mopoe's divergences (all up to N = 12)."""
     likelihood_weight: float = 1.0
     """Multiplies every modality's log-likelihood: 20 does what a Laplace scale of 1/20 does, sharper images for a looser match of the
     posteriors. At 1 the bound is one on the evidence of the likelihoods as they are."""
@@ -68,6 +97,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.latent_dim < 1:
             raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
+        if not 0 <= self.private_dim < self.latent_dim:
+            raise ValueError(f"private_dim: expected 0 to {self.latent_dim - 1} of latent_dim {self.latent_dim}, got {self.private_dim}")
         if not self.likelihood_weight > 0:
             raise ValueError(f"likelihood_weight: expected a number above 0, got {self.likelihood_weight}")
 
@@ -82,8 +113,32 @@ class Model:
         weights = balanced_weights(sizes) if self.balance else dict.fromkeys(sizes, 1.0)
         return {name: self.likelihood_weight * weight for name, weight in weights.items()}
 
-    def objective(self, modalities: Mapping[str, Modality]) -> MEME:
-        """MEME over these modalities."""
+    def build(self, modalities: Mapping[str, Modality]) -> Objective:
+        """The objective over these modalities, whose posteriors become what `private_dim` and `scales` say."""
+        for modality in modalities.values():
+            modality.private_dim = self.private_dim
+            modality.to_scale = softmax_scale if self.scales == "softmax" else softplus_scale
+        match self.objective:
+            case "meme":
+                return self._meme(modalities)
+            case "mmvae":
+                return MMVAE(modalities, **self._weighted())
+            case "mmvaeplus":
+                return MMVAEPlus(modalities, **self._weighted())
+            case "mvae":
+                return MVAE(modalities, subsets=self.subsets, **_given(beta=self.beta))
+            case "mopoe":
+                return MoPoE(modalities, subsets=self.subsets, **_given(beta=self.beta))
+            case "mvtcae":
+                return MVTCAE(modalities, **_given(alpha=self.alpha, beta=self.beta))
+            case "jmvae":
+                return JMVAE(modalities, **_given(alpha=self.alpha, beta=self.beta))
+            case "mmvm":
+                return MMVM(modalities, **_given(alpha=self.alpha, beta=self.beta))
+            case "holder":
+                return Holder(modalities, resampled=self.resampled, **_given(beta=self.beta))
+
+    def _meme(self, modalities: Mapping[str, Modality]) -> MEME:
         return MEME(
             modalities,
             pseudo_inputs=self.pseudo_inputs,
@@ -94,3 +149,12 @@ class Model:
             log_ratio=self.log_ratio,
             stop_gradient=self.stop_gradient,
         )
+
+    def _weighted(self) -> dict[str, Any]:
+        settings = {"samples": self.samples, "gradient": self.gradient, "tight": self.tight, "resampled": self.resampled}
+        return settings | _given(beta=self.beta)
+
+
+def _given(**settings: float | None) -> dict[str, Any]:
+    """The settings that were given: an objective has its own published defaults for the others."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,67 @@
+"""Any trained objective, asked what several modalities say together by pooling what each of them says alone: nothing is trained for it.
+
+What a pool of the posteriors q_j(z | x_j) of a row's n observed modalities means:
+
+    mixture                even mixture: one of the experts is right, which one is unknown; several inputs never say more than one
+    product                prod_j q_j / Z: independent pieces of evidence, each with a flat prior; sharper with every input
+    product_with_standard  N(0, I) prod_j q_j / Z: independent pieces of evidence under that prior
+    holder                 (sum_j sqrt q_j)^2 / Z: between the two; what experts agree on counts more than what one of them says
+
+A product is what a model trained with products does by itself (MVAE, MoPoE, MVTCAE). For one trained with a mixture it is a free rival at
+test time: its experts were never multiplied in training, so nothing made them sharp in the same directions.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
+from meme_dist.distributions import Components, DiagNormal, Diagonal, Mixture, Posterior, holder_pool, product
+from meme_dist.modality import Modality
+from meme_dist.objectives.base import Objective
+from meme_dist.types import Batch, Loss
+
+Pool = Literal["mixture", "product", "product_with_standard", "holder"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+
+
+class Pooled(Objective):
+    """`objective` with another `infer`; everything else (networks, prior, loss) is its own. Rows with one modality are not changed.
+
+    Raises ValueError where posteriors are Laplaces and the pool is not a mixture: the others have no closed form.
+    """
+
+    private_latents = True
+
+    def __init__(self, objective: Objective, pool: Pool):
+        super().__init__(cast(Mapping[str, Modality], dict(objective.modalities.items())))
+        if pool != "mixture" and self.family is not DiagNormal:
+            raise ValueError(f"pool {pool!r} needs Normal posteriors, this model's are {self.family.__name__}; 'mixture' works with them")
+        self.objective, self.pool = objective, pool
+
+    def forward(self, batch: Batch) -> Loss:
+        """The loss that the objective was trained with."""
+        return self.objective(batch)
+
+    def infer(self, batch: Batch) -> Posterior:
+        """The pool of what each observed modality says alone."""
+        q, observed = self.posteriors(batch), batch.observed.T
+        if len(batch.modalities) == 1:
+            return type(q)(q.mean[0], q.scale[0])
+        match self.pool:
+            case "mixture":
+                return Mixture(q, observed)
+            case "holder":
+                return holder_pool(q, observed)
+            case _:
+                joint = product(q, observed[None], standard=self.pool == "product_with_standard")
+                return type(joint)(joint.mean[0], joint.scale[0])
+
+    def prior(self) -> Components:
+        """The objective's."""
+        return self.objective.prior()
+
+    def private_prior(self, name: str) -> Diagonal:
+        """The objective's."""
+        return self.objective.private_prior(name)
+
+    def initialise(self, batch: Batch) -> None:
+        """It was trained."""
