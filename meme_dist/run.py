@@ -29,7 +29,7 @@ from meme_dist.classifiers import Classifier
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
 from meme_dist.data.source import absolute
-from meme_dist.data.stream import Evaluation, Stream
+from meme_dist.data.stream import Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
 from meme_dist.metrics.rows import Metric
@@ -188,12 +188,16 @@ def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -
 
 
 def initial_objective(recipe: Recipe, manifest: Manifest) -> Objective:
-    """The objective as training begins, the same on every rank: weights from the seed, pseudo-inputs from the first training rows."""
-    seed = recipe.training.seed
-    torch.manual_seed(seed)
+    """The objective as training begins, the same on every rank: weights from the seed, pseudo-inputs from a first step of many rows.
+
+    A row that cannot be read is passed over as in training.
+    """
+    training = recipe.training
+    torch.manual_seed(training.seed)
     objective = recipe.build(manifest)
     rows = min(INITIAL_ROWS, manifest.num_rows("train"))
-    objective.initialise(next(iter(Evaluation(manifest.folder, "train", batch_size=rows, seed=seed))))
+    (batch,) = next(iter(Stream(manifest.folder, "train", batch_size=rows, seed=training.seed, damaged=training.damaged)))
+    objective.initialise(batch)
     return objective
 
 

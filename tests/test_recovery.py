@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from meme_dist.data.index import Manifest
+from meme_dist.recipes.base import Recipe
+from meme_dist.run import initial_objective
 from meme_dist.train import checkpoint
 from meme_dist.train.signals import Stop
 from meme_dist.train.spikes import SpikeDetector
@@ -213,3 +216,22 @@ def test_damaged_rows_are_passed_over_and_known_to_all_ranks_and_to_the_resumed_
     rest, again = on_damaged_shards(0, 1, tmp_path / "parts", 12)
     assert again == rows and first[0][0] + rest == pytest.approx(losses, rel=1e-5)
     assert sum("another row stands in for one that cannot be read" in note for note in notes(tmp_path / "whole" / "run")) == 2
+
+
+def test_a_row_that_cannot_be_read_does_not_keep_a_training_from_beginning(tmp_path: Path) -> None:
+    """The pseudo-inputs come from rows too: within the budget they pass over it, and without one the row is named."""
+    shards(tmp_path / "shards")
+    path = sorted((tmp_path / "shards").glob("train-*.tar"))[0]
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    found = Manifest.load(tmp_path / "shards")
+
+    def recipe(damaged: int) -> Recipe:
+        return Recipe(lambda _: build(SHARDED), Training(steps=1, batch_size=16, damaged=damaged), shards=tmp_path / "shards")
+
+    before = weights(build(SHARDED))
+    after = weights(initial_objective(recipe(1), found))
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("pseudo"))
+    with pytest.raises(ValueError, match="train-000000.tar"):
+        initial_objective(recipe(0), found)
