@@ -35,8 +35,8 @@ class MoPoE(Objective):
     `beta`: weight of the divergences (published: 2.5 on PolyMNIST and MNIST-SVHN-text).
     `standard`: where the N(0, I) expert enters: the product of all N modalities (published), or nowhere.
     `subsets`: KL terms a row, of random subsets, with the same expected loss; None goes through all, which ends at N = 12.
-    `inference`: q(z | what a row observes) is the mixture that training samples from, or the product of all that is observed, from which
-      the paper's and MultiVae's conditional generations come.
+    `inference`: q(z | what a row observes) is the product of all of it, from which the paper's and MultiVae's conditional generations come,
+      or the mixture that training samples from.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MoPoE(Objective):
         beta: float = 2.5,
         standard: Literal["full_set", "never"] = "full_set",
         subsets: int | None = None,
-        inference: Literal["mixture", "product"] = "mixture",
+        inference: Literal["mixture", "product"] = "product",
     ):
         super().__init__(modalities)
         needs_normal(self)
@@ -70,7 +70,7 @@ class MoPoE(Objective):
         return self.standard.components()
 
     def infer(self, batch: Batch) -> Posterior:
-        """The mixture over the subsets of what each row observes, or the product of it all. A row with nothing gets N(0, I)."""
+        """The product of what each row observes, or the mixture over the subsets of it. A row with nothing gets N(0, I)."""
         observed, experts = batch.observed.T, self._experts(batch)
         if self.inference == "product" or len(observed) == 1:
             joint, _ = product_divergence(experts, self._members(observed[None]), standard=False)
