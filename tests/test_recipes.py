@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,18 @@ from meme_dist.recipes.keywords import flatten, names, unflatten, with_defaults
 from meme_dist.recipes.networks import modality_for
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, pack_dense
+from tests.data.small import cub_files
 
+BIRDS = tempfile.TemporaryDirectory()  # a recipe that reads its vocabulary when it is built needs files that are there
 NEEDED: Mapping[str, Mapping[str, Any]] = {
     "mnist_svhn": {"source": Path("nowhere")},
     "mnist_meterdigits": {"source": Path("nowhere"), "spoken": True, "name": True},
+    "digits4": {"source": Path("nowhere")},
+    "polymnist": {"source": Path("nowhere")},
+    "mfeat": {"source": Path("nowhere")},
+    "cub": {"source": cub_files(Path(BIRDS.name))},
+    "tcga": {"source": Path("nowhere")},
+    "citeseq": {"source": Path("nowhere")},
 }
 FIELDS = {
     "photo": Field(kind="image", shape=(3, 20, 17), codec="png", likelihood="laplace"),

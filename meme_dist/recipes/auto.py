@@ -29,6 +29,6 @@ def auto(
     """
 
     def build(manifest: Manifest) -> Objective:
-        return model.objective(modalities_for(manifest.fields, model, scale=scale))
+        return model.build(modalities_for(manifest.fields, model, scale=scale))
 
     return Recipe(build, training, shards=shards, measures=Measures(seed=training.seed))

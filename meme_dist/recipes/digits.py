@@ -31,6 +31,6 @@ def digits(
     dataset = rows.digits(missing=missing, missing_in_test=missing_in_test, seed=training.seed)
 
     def build(manifest: Manifest) -> Objective:
-        return model.objective(modalities_for(manifest.fields, model, scale=scale))
+        return model.build(modalities_for(manifest.fields, model, scale=scale))
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed))

@@ -39,7 +39,7 @@ def linear_gaussian(
     )
 
     def build(manifest: Manifest) -> Objective:
-        return model.objective({name: linear(event, model.latent_dim, family=model.family) for name in manifest.fields})
+        return model.build({name: linear(event, model.latent_dim, family=model.family) for name in manifest.fields})
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
 

@@ -61,7 +61,7 @@ def mnist_meterdigits(
 
     def build(manifest: Manifest) -> Objective:
         weights = model.weights(manifest.fields)
-        return model.objective({key: _modality(key, field, networks, model, weights[key]) for key, field in manifest.fields.items()})
+        return model.build({key: _modality(key, field, networks, model, weights[key]) for key, field in manifest.fields.items()})
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
 

@@ -71,7 +71,7 @@ def mnist_svhn(
 
     def build(manifest: Manifest) -> Objective:
         weights = model.weights(manifest.fields)
-        return model.objective({"mnist": digit(networks, model, weights["mnist"]), "svhn": photo(networks, model, weights["svhn"])})
+        return model.build({"mnist": digit(networks, model, weights["mnist"]), "svhn": photo(networks, model, weights["svhn"])})
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed), judge=paper_network)
 

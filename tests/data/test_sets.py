@@ -19,26 +19,10 @@ from meme_dist.data.sets._names import NAMES
 from meme_dist.data.sets.digits import digits
 from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.data.sets.mnist_meterdigits import mnist_meterdigits
-from meme_dist.data.shards import Dataset, Row
+from meme_dist.data.shards import Dataset
+from tests.data.small import REAL, contents, cut, empty, mark, marked, rows, same, shown
 
-REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not (REAL / "meterdigits.npz").is_file(), reason="no real data in ../shared/data")
-
-
-def rows(dataset: Dataset, split: str = "train") -> list[Row]:
-    return list(dataset.rows(split))
-
-
-def contents(row: Row) -> dict[str, object]:
-    return {name: value if isinstance(value, str) else value.numpy().tobytes() for name, value in row.data.items()}
-
-
-def same(first: Dataset, second: Dataset, split: str) -> bool:
-    return [(contents(row), row.label) for row in rows(first, split)] == [(contents(row), row.label) for row in rows(second, split)]
-
-
-def shown(dataset: Dataset, split: str = "train") -> Counter:
-    return Counter(tuple(row.data) for row in dataset.rows(split))
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------------------------
@@ -121,19 +105,6 @@ def official(folder: Path, *, train: int = 300, test: int = 60) -> Path:
     return folder
 
 
-def marked(digit: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    images = np.zeros((len(digit), *shape), dtype=np.uint8)
-    flat = images.reshape(len(digit), -1)
-    flat[:, 0], flat[:, 1], flat[:, 2] = digit, np.arange(len(digit)) // 256, np.arange(len(digit)) % 256
-    return images
-
-
-def mark(image: Tensor | str) -> tuple[int, int]:
-    assert isinstance(image, Tensor)
-    digit, high, low = image.flatten()[:3].tolist()
-    return digit, 256 * high + low
-
-
 @pytest.mark.parametrize(("pairing", "times"), [("one_to_one", 1), ("permutations", 1), ("permutations", 4)])
 def test_mnist_svhn_pairs_equal_digits_as_often_as_the_rule_says(tmp_path, pairing, times):
     dataset = mnist_svhn.mnist_svhn(source=official(tmp_path), pairing=pairing, permutations=times)
@@ -185,10 +156,6 @@ def test_an_unpacked_file_serves_as_well_as_the_gzipped_one(tmp_path):
     assert np.array_equal(mnist_svhn.read("train", tmp_path).data["mnist"][:, 0], before)  # type: ignore[call-overload]
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -197,10 +164,6 @@ def flip(path: Path) -> None:
 
 def shorten(path: Path) -> None:
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def unlabel(path: Path) -> None:

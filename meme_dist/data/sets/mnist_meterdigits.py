@@ -4,15 +4,14 @@ Real stand-in for MNIST-SVHN where SVHN cannot be had. `source` holds `mnist.npz
 (haverland/Tenth-of-step-of-a-meter-digit, Apache-2.0) and, for `spoken`, `fsdd_logmel_32x32.npz` (Free Spoken Digit Dataset, CC BY-SA 4.0).
 """
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
 from meme_dist.data.fields import Field
+from meme_dist.data.sets._arrays import IMAGES, MNIST, locate, read_arrays
 from meme_dist.data.sets._missing import check_partly_paired
 from meme_dist.data.sets._names import NAMES, SPELLED, name_field
 from meme_dist.data.sets._pairing import Indices, Rest, Split, check_split, generator, partial_rows, recycled
@@ -22,9 +21,9 @@ SPOKEN_MEAN, SPOKEN_STDDEV = -4.282, 5.181  # of log-mel energies, over all elem
 PHOTO_MARGIN = 6  # columns of zeros on either side of a 32x20 photo
 
 FILES = {
-    "mnist": ("mnist.npz", ("x_train", "y_train", "x_test", "y_test")),
-    "photo": ("meterdigits.npz", ("x", "y", "is_test")),
-    "spoken": ("fsdd_logmel_32x32.npz", ("x", "y", "is_train")),
+    "mnist": (MNIST, IMAGES),
+    "photo": ("meterdigits.npz", {"x": ("rows", 32, 20, 3), "y": ("rows",), "is_test": ("rows",)}),
+    "spoken": ("fsdd_logmel_32x32.npz", {"x": ("rows", 32, 32), "y": ("rows",), "is_train": ("rows",)}),
 }
 
 
@@ -80,9 +79,8 @@ def mnist_meterdigits(
 def read(split: str, source: Path, *, spoken: bool = False) -> Split:
     """Images as bytes, channels first, and spectrograms as floats, in the files' order. Raises ValueError for missing or altered files."""
     wanted = {key: FILES[key] for key in ("mnist", "photo", *(["spoken"] if spoken else []))}
-    if missing := [file for file, _ in wanted.values() if not (source / file).is_file()]:
-        raise ValueError(f"{source}: missing {', '.join(missing)}; name the folder that has them: --source FOLDER")
-    mnist, photo, *rest = (_load(source / file, names) for file, names in wanted.values())
+    paths = locate(source, [name for name, _ in wanted.values()])
+    mnist, photo, *rest = (read_arrays(path, shapes) for path, (_, shapes) in zip(paths, wanted.values(), strict=True))
     here = photo["is_test"].astype(bool) == (split == "test")
     data: dict[str, np.ndarray | tuple[str, ...]] = {"mnist": mnist[f"x_{split}"][:, None], "photo": _padded(photo["x"][here])}
     labels = {"mnist": mnist[f"y_{split}"], "photo": photo["y"][here]}
@@ -108,14 +106,6 @@ def _fields(spoken: bool, name: bool) -> dict[str, Field]:
 def _match(part: Split, permutations: int, rng: np.random.Generator) -> Indices:
     uses = {"mnist": 1, "photo": permutations, "spoken": None}
     return recycled(part.labels, uses={key: uses[key] for key in part.labels}, rng=rng)
-
-
-def _load(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:  # given a path, numpy leaves broken files open
-            return {name: file[name] for name in names}
-    except (BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path}: expected an .npz file with the arrays {', '.join(names)} ({error}); get the file again") from error
 
 
 def _padded(photos: np.ndarray) -> np.ndarray:
