@@ -2,7 +2,7 @@
 
 import tyro
 
-from benchmarks import estimators, faults, kernels, modality_parallel, scaling, step, stream
+from benchmarks import estimators, faults, kernels, modality_parallel, peers, references, scaling, step, stream
 
 MAINS = {
     "kernels": kernels.main,
@@ -12,6 +12,8 @@ MAINS = {
     "modality_parallel": modality_parallel.main,
     "estimators": estimators.main,
     "faults": faults.main,
+    "references": references.main,
+    "peers": peers.main,
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run that was trained: its model, its recipe and its rows, from its folder alone."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import torch
 from meme_dist import record
 from meme_dist.data.index import Manifest
 from meme_dist.objectives.base import Objective
+from meme_dist.pooled import Pool, Pooled
+from meme_dist.ranks import ALONE, Processes
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import unflatten
@@ -48,3 +51,13 @@ def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None 
         raise ValueError(f"{error}; train it further: meme-dist train --resume {folder}") from None
     objective.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return Stored(objective, recipe, manifest, folder, step)
+
+
+def pooled(stored: Stored, pool: Pool, processes: Processes = ALONE) -> Stored:
+    """The same run asked another way, in a folder of its own within the run's (pooled-POOL, with the run's run.json). Collective."""
+    folder = stored.folder / f"pooled-{pool}"
+    with processes.agreed():
+        if processes.is_main:
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(stored.folder / record.FILE, folder / record.FILE)
+    return stored._replace(objective=Pooled(stored.objective, pool), folder=folder)

@@ -16,7 +16,7 @@ from meme_dist.types import Batch, Loss, Packed
 Shapes = Mapping[str, Sequence[tuple[int, ...]]]
 Work = Callable[[str, Tensor | None], Sequence[Tensor]]
 Each = Callable[[Shapes, Work, Tensor | None], list[Sequence[Tensor]]]
-Private = Mapping[str, Float[Tensor, "S K B P"]]
+Private = Mapping[str, Float[Tensor, "S K B Q"]]  # Q, not P: those are packed pairs
 """Samples of each modality's own latents, for each source of shared ones."""
 
 

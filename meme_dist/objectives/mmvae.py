@@ -5,6 +5,20 @@
 
 and a row's loss is minus one of the bounds of `meme_dist.bounds`, whose strata are the modalities. At beta = 1 it never exceeds log p(x).
 A row with missing modalities mixes, and explains, those it has.
+
+The doubly reparameterised gradient (`dreg`, what Shi et al. publish and MultiVae trains) drops the score of log q from d log w, and gives
+each sample's path its weight twice in return. For samples of the very q whose score is dropped, that leaves the expected gradient as it is.
+Samples of stratum i come from q_i, though, and the score of the mixture is
+
+    d log q(z | x) = sum_j r_j(z) d log q_j(z | x_j),      r_j = q_j / sum_l q_l
+
+so that it is exact for one modality, for K = 1 (untight), and for posteriors that are equal or far apart; else what it leaves out is
+
+    (1/n) E sum_i sum_k ( w_ik (1 - w_ik) (d log w_ik / d z) (d z / d phi) - w_ik sum_j r_j d log q_j ),   w_ik the weights of source i
+
+In a linear-Gaussian example of two modalities, whose posteriors overlap in part, the expected gradient of the posteriors' parameters is off
+by 9 % of its norm at K = 4 and by 54 % at K = 16; by 5 and 6 % with `tight` (measured against `iwae`, which is unbiased but noisy:
+tests/objectives/test_mmvae.py). Decoders and prior have the bound's own gradient.
 """
 
 from collections.abc import Mapping

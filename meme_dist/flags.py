@@ -1,0 +1,60 @@
+"""Words of a command line: a recipe's keywords as flags beside a command's own options, and words that are nearly right."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+PROGRAM = "meme-dist"
+STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+T = TypeVar("T")
+
+
+def chosen(word: str, known: Sequence[str], what: str, where: str) -> str:
+    """The word, if it is known. Raises ValueError with the nearest known one where it is not."""
+    if word in known:
+        return word
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {what} {word!r}{hint} (there are {', '.join(known)}; see {where})")
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What a flag is given among the words, `--flag VALUE` or `--flag=VALUE`."""
+    for place, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and place + 1 < len(words):
+            return words[place + 1]
+    return None
+
+
+def recipe_flags(name: str, known: Mapping[str, Any], words: Sequence[str], options: type[T], program: str) -> tuple[T, dict[str, Any]]:
+    """Parse a command's own options and a recipe's keywords from one flat list of flags; `known` replaces the recipe's defaults."""
+    from meme_dist.recipes import RECIPES
+    from meme_dist.recipes.keywords import with_defaults
+
+    recipe = with_defaults(RECIPES[name], **known)
+
+    @functools.wraps(recipe)
+    def keywords(**given: Any) -> dict[str, Any]:
+        return given
+
+    signature = inspect.signature(recipe)
+    about, _, explained = (inspect.getdoc(recipe) or "").partition("Args:")
+    keywords.__signature__ = signature.replace(return_annotation=dict)  # type: ignore[attr-defined]
+    keywords.__doc__ = f"The data and the networks.\n\nArgs:{explained}"
+
+    def command(
+        where: options,  # type: ignore[valid-type]
+        recipe: Annotated[dict, tyro.conf.arg(constructor=keywords)],
+    ) -> tuple[Any, dict]:
+        return where, recipe
+
+    where, arguments = tyro.cli(command, args=list(words), prog=program, description=about.strip(), config=STYLE)
+    defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
+    return where, {**defaults, **arguments}

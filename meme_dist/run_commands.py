@@ -1,0 +1,146 @@
+"""`meme-dist evaluate | generate | impute | export`: what is done with a trained run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from meme_dist.flags import parsed
+
+
+def evaluate(words: list[str]) -> int:
+    """`evaluate RUN`."""
+
+    def command(
+        run: tyro.conf.Positional[str],
+        checkpoint: Literal["last", "best"] = "last",
+        data: Path = Path("data"),
+        seed: int | None = None,
+        judge: str | None = None,
+        pool: Literal["own", "mixture", "product", "product_with_standard", "holder"] = "own",
+    ) -> int:
+        """Measure a trained run again: writes results.json, figures and report.md into its folder, and prints the table.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+            data: Folder in which trained classifiers are kept.
+            seed: Seed of the draws; by default the run's.
+            judge: Another run whose data trains the classifiers: the same judges for runs on different shares of the rows.
+            pool: How several inputs combine: as the model was made to, or another way (docs/objectives.md), measured into RUN/pooled-POOL.
+        """
+        from meme_dist.assess import assess_stored
+        from meme_dist.stored import pooled
+
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            judges = None if judge is None else _stored(judge, checkpoint, processes).manifest
+            console = Console(highlight=False)
+            if pool != "own":
+                stored = pooled(stored, pool, processes)
+            assess_stored(stored, data / "classifiers", seed=seed, judges=judges, processes=processes, console=console)
+
+        return _together(work)
+
+    return parsed(command, words, "evaluate")
+
+
+def generate(words: list[str]) -> int:
+    """`generate RUN`."""
+
+    def command(
+        run: tyro.conf.Positional[str], num: int = 64, out: Path | None = None, seed: int = 0, checkpoint: Literal["last", "best"] = "last"
+    ) -> int:
+        """Draw new rows, every modality of each, from the generative prior: a picture and a safetensors file.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            num: How many rows.
+            out: New folder for them; by default generated-SEED in the run's folder.
+            seed: Seed of the draws.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+        """
+        from meme_dist.draws import save_draws
+
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            folder = out or stored.folder / f"generated-{seed}"
+            for path in save_draws(stored, folder, num=num, seed=seed, processes=processes):
+                if processes.is_main:
+                    print(path)
+
+        return _together(work)
+
+    return parsed(command, words, "generate")
+
+
+def impute(words: list[str]) -> int:
+    """`impute RUN --shards FOLDER --out FOLDER`."""
+
+    def command(run: tyro.conf.Positional[str], shards: str, out: Path, seed: int = 0, checkpoint: Literal["last", "best"] = "last") -> int:
+        """Fill in the missing modalities of every row: new shards with the same rows, in the same order, complete.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            shards: Folder, or address, of shards with the modalities that the run was trained on.
+            out: New folder for the completed shards.
+            seed: Seed of the draws; another one gives other plausible completions.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+        """
+        from meme_dist.impute import impute
+
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            for split, filled in impute(stored.objective, stored.manifest.fields, shards, out, seed=seed, processes=processes).items():
+                if processes.is_main:
+                    print(f"{out}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
+
+        return _together(work)
+
+    return parsed(command, words, "impute")
+
+
+def export(words: list[str]) -> int:
+    """`export RUN --out FILE`."""
+
+    def command(run: tyro.conf.Positional[str], out: Path, checkpoint: Literal["last", "best"] = "last", averaged: bool = True) -> int:
+        """Write a trained run's weights as one safetensors file, whichever engine and however many processes trained it.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            out: New file.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+            averaged: The moving average of the weights, where the run has one.
+        """
+        from meme_dist.run import run_folder
+        from meme_dist.train.checkpoint import export as write
+
+        step = write(run_folder(run) / "checkpoints" / checkpoint, out, averaged=averaged)
+        print(f"{out}: the weights of step {step}")
+        return 0
+
+    return parsed(command, words, "export")
+
+
+def _together(work: Callable[[Any], None]) -> int:
+    """Do one thing on every process that a launcher started; 2 where another one failed, which says why."""
+    from meme_dist.ranks import Elsewhere, joined
+    from meme_dist.run import ranks
+
+    try:
+        with joined(*ranks()) as processes:
+            work(processes)
+    except Elsewhere:
+        return 2
+    return 0
+
+
+def _stored(run: str, checkpoint: str, processes: Any):
+    from meme_dist import stored
+    from meme_dist.run import run_folder
+
+    with processes.agreed():
+        found = stored.load(run_folder(run), checkpoint=checkpoint, device=processes.device)
+    return found
