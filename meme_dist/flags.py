@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -58,3 +58,8 @@ def recipe_flags(name: str, known: Mapping[str, Any], words: Sequence[str], opti
     where, arguments = tyro.cli(command, args=list(words), prog=program, description=about.strip(), config=STYLE)
     defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
     return where, {**defaults, **arguments}
+
+
+def parsed(command: Callable[..., int], words: Sequence[str], name: str) -> int:
+    """Run a command whose parameters are its flags, with these words; its exit status."""
+    return tyro.cli(command, args=list(words), prog=f"{PROGRAM} {name}", config=STYLE)
