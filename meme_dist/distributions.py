@@ -112,7 +112,10 @@ Diagonal = DiagNormal | DiagLaplace
 
 
 class Mixture(NamedTuple):
-    """For each row an even mixture over the experts that are there: `components` [N, B, D], `present` [N, B]."""
+    """For each row an even mixture over the experts that are there: `components` [N, B, D], `present` [N, B].
+
+    Of all of them where none is (which are then to be standard ones).
+    """
 
     components: Diagonal
     present: Bool[Tensor, "N B"]
@@ -140,11 +143,14 @@ class Mixture(NamedTuple):
     def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
         """log sum_n weight_n q_n(z)."""
         table = self.components.cross_log_prob(z[None].expand(len(self.present), *z.shape))[0]  # [N, K, B]
-        return mixture_of(table, self.present.unsqueeze(1))
+        return mixture_of(table, self._members().unsqueeze(1))
+
+    def _members(self) -> Bool[Tensor, "N B"]:
+        return self.present | ~self.present.any(0)
 
     def _weight(self) -> Float[Tensor, "N B"]:
-        present = self.present.to(self.components.mean.dtype)
-        return present / present.sum(0).clamp(min=1)
+        members = self._members().to(self.components.mean.dtype)
+        return members / members.sum(0)
 
 
 class Components(NamedTuple):

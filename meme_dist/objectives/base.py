@@ -119,7 +119,7 @@ class Objective(nn.Module, ABC):
             if not self.modality(name).private_dim:
                 continue
             other = self.family(cross[name].mean.expand_as(q.mean), cross[name].scale.expand_as(q.scale))
-            others = other.reparameterise(noise, f"{name}/cross", len(own) * num).unflatten(0, (len(own), num))
+            others = torch.stack([other.reparameterise(noise, f"{name}/from/{source}", num) for source in own])
             mine = q.reparameterise(noise, f"{name}/private", num)
             samples[name] = torch.where((sources == j)[:, None, None, None], mine, others)
         return samples

@@ -127,7 +127,7 @@ class MMVAE(Objective):
             chosen, second = _merged(samples).at(index), second.flatten(0, 1)[None].gather(1, index[:, None])
             self._double(chosen, second)
             explained = self.explanations(batch, chosen.z, private=chosen.private)
-            return self._log_weight(explained.sum(1), chosen, batch)[0, 0]
+            return torch.where(batch.observed.any(1), self._log_weight(explained.sum(1), chosen, batch)[0, 0], 0.0)
         chosen, second = samples.at(index), second.gather(1, index[:, None])
         self._double(chosen, second)
         log_weight = self._log_weight(self.reconstructions(batch, chosen.z, private=chosen.private).sum(1), chosen, batch)[:, 0]

@@ -58,7 +58,8 @@ class MMVAEPlus(MMVAE):
             if self.gradient == "dreg":
                 q = self.family(q.mean.detach(), q.scale.detach())
             ratios.append(self.private_prior(name).log_prob(mine) - q.log_prob(mine))
-        return samples, torch.stack(ratios)
+        apart = {name: own.view_as(own) for name, own in samples.items()}  # nodes of their own, as z: dreg weighs the ratio by itself
+        return apart, torch.stack(ratios)
 
     def _double(self, samples: Samples, weight: Tensor) -> None:
         super()._double(samples, weight)
