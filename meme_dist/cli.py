@@ -1,4 +1,4 @@
-"""The command line: `meme-dist train | evaluate | generate | impute | export | shards | recipes | doctor`.
+"""The command line: `meme-dist train | evaluate | generate | impute | export | compare | ablate | shards | recipes | doctor`.
 
 A recipe's keywords are its flags. Everything heavy is imported by the command that needs it, so that `--help` answers at once.
 """
@@ -25,6 +25,8 @@ Multimodal VAEs by mutual supervision: train on rows with missing modalities, ge
   generate RUN          draw new rows                             {PROGRAM} generate runs/NAME --num 64
   impute RUN            fill in what is missing                   {PROGRAM} impute runs/NAME --shards FOLDER --out FOLDER
   export RUN            its weights as one safetensors file       {PROGRAM} export runs/NAME --out FILE
+  compare RECIPE        models x settings x seeds, one report     {PROGRAM} compare digits --models meme mmvae --out FOLDER
+  ablate RECIPE         a model, one part changed at a time       {PROGRAM} ablate digits --out FOLDER
   shards write RECIPE   write a data set as tar shards            {PROGRAM} shards write digits --out FOLDER
   shards convert FILE   the same from .h5mu or .h5ad files        {PROGRAM} shards convert cells.h5mu --out FOLDER
   shards check FOLDER   read every byte of a folder of shards     {PROGRAM} shards check FOLDER
@@ -59,6 +61,8 @@ def _command(words: list[str]) -> int:
         "generate": generate,
         "impute": impute,
         "export": export,
+        "compare": compare,
+        "ablate": ablate,
         "shards": shards,
         "recipes": recipes,
         "doctor": doctor,
@@ -92,6 +96,20 @@ def train(words: list[str]) -> int:
         rehearse(name, arguments, where, where.dry_run, console=console)
         return 0
     return 0 if run.train(name, arguments, where, console=console) else SAVED
+
+
+def compare(words: list[str]) -> int:
+    """`compare RECIPE ...`, `compare PLAN ...`, `compare --report-only FOLDER`; 1 where runs failed, 75 where it was told to stop."""
+    from meme_dist.compare import main
+
+    return main("compare", words)
+
+
+def ablate(words: list[str]) -> int:
+    """`ablate RECIPE ...`; statuses as of `compare`."""
+    from meme_dist.compare import main
+
+    return main("ablate", words)
 
 
 def _train_help() -> int:

@@ -26,6 +26,7 @@ from rich.console import Console
 from meme_dist import record
 from meme_dist.assess import EVALUATION_ROWS, Place, assess, classifiers_of, evaluation
 from meme_dist.classifiers import Classifier
+from meme_dist.cost import Meter
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
 from meme_dist.data.source import absolute
@@ -128,7 +129,9 @@ def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Con
 def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop, *, console: Console) -> bool:
     """The training itself, from the objective to the report; False where it was stopped before its last step."""
     heart = Heart(prepared.folder, rank=started.rank, world=started.world)
-    trainer = build_trainer(initial_objective(prepared.recipe, prepared.manifest), prepared, started, stop=stop, heart=heart)
+    objective = initial_objective(prepared.recipe, prepared.manifest)
+    parameters = sum(p.numel() for p in objective.parameters())  # before an engine shards them
+    trainer = build_trainer(objective, prepared, started, stop=stop, heart=heart)
     if trainer.is_main:
         about = f"{prepared.folder}: {prepared.name}, {described(prepared.manifest)}, {trainer.engine.name} on {trainer.world}"
         console.print(about, soft_wrap=True)
@@ -136,17 +139,20 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
         console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
     watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
     training = prepared.recipe.training
+    meter = Meter()
     with heart:
         for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
             last = report.step == training.steps
             if last or report.step % training.evaluate_every == 0 and not trainer.stopping:
-                with heart.resting():
+                with heart.resting(), meter.paused():
                     watch.evaluate()
             if last or report.step % training.save_every == 0:
                 trainer.save(wait=False)
     done = trainer.step == training.steps
     if not done:
         trainer.save()
+    if trainer.is_main:
+        meter.write(prepared.folder, step=trainer.step, parameters=parameters)
     if where.evaluate and done:
         watch.measure()
     trainer.close()

@@ -1,0 +1,173 @@
+"""`meme-dist compare` and `meme-dist ablate`: what they are asked, and what they do: plan, run every cell, report.
+
+A comparison's folder:
+
+    plan.json              what is compared: every keyword of every cell
+    runs/MODEL-SETTING-seedS   run folders as `meme-dist train` makes them
+    logs/                  what each run said
+    table.json, costs.json, measurements.md, figures/, report.md
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from meme_dist import cells, signal_to_noise
+from meme_dist.cells import Judge, Plan
+from meme_dist.comparison import RUNS, measured
+from meme_dist.comparison_report import write_report
+from meme_dist.data.source import absolute
+from meme_dist.flags import PROGRAM, STYLE, chosen, recipe_flags, value_of
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.keywords import flatten
+from meme_dist.record import write_json
+from meme_dist.running import Runner, Running
+from meme_dist.supervise import progress
+from meme_dist.train.signals import SAVED
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Asked(Running):
+    """What both commands are asked beside the recipe's keywords, which hold for all runs."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each trains every model once. Intervals and tests are over them, so that one alone says little."""
+    vary: tuple[str, ...] = ()
+    """Keywords with several values, `paired_fraction=1,.5 always=split,mnist`: every combination is a setting."""
+    judge: Literal["auto", "own", "first"] = "auto"
+    """Whose rows train the classifiers that judge a run: its own, or the first run's for all; auto is first where something varies."""
+
+
+@dataclass(frozen=True)
+class Comparison(Asked):
+    """What `compare` is asked."""
+
+    models: tuple[str, ...] = ()
+    """Models, `meme mmvae "mmvae:posterior=laplace,scales=softmax" "NAME=meme:samples=5" "mmvae:pool=product"` (the runs of mmvae, asked
+    for the product of what modalities say); by default the recipe's own."""
+    reference: str = ""
+    """The model that the others are tested against, by its name; by default the first."""
+
+
+@dataclass(frozen=True)
+class Ablation(Asked):
+    """What `ablate` is asked; the recipe's keywords are the base that parts are changed from, one at a time."""
+
+    part: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A keyword and its values, `samples=1,5,11`, or several together, `NAME:stop_gradient=false,estimator=released`; may be repeated."""
+    gradient_draws: int = 50
+    """Draws for the signal-to-noise ratio of the base's gradient, after all runs; 0 leaves it out."""
+
+
+USAGE = f"""usage: {PROGRAM} compare RECIPE --out FOLDER --models meme mmvae ... [settings]    models x settings x seeds, to one report
+       {PROGRAM} compare PLAN --out FOLDER                                   the same from a file, TOML or JSON
+       {PROGRAM} compare --report-only FOLDER                                write the report of either again
+       {PROGRAM} ablate RECIPE --out FOLDER [--part ...] [settings]           a base, and one part of it changed at a time
+
+`{PROGRAM} compare RECIPE --help` lists every setting. What is done stays done: the same command goes on where it was stopped."""
+
+
+def main(command: Literal["compare", "ablate"], words: Sequence[str]) -> int:
+    """Either command from its words; the exit status. Raises ValueError for words that cannot be meant."""
+    console = Console(highlight=False)
+    if (folder := value_of("--report-only", words)) is not None:
+        return report_only(Path(folder), console=console)
+    if not words or words[0].startswith("-"):
+        print(USAGE)
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    if command == "compare" and words[0].endswith((".toml", ".json")):
+        running = tyro.cli(Running, args=list(words[1:]), prog=f"{PROGRAM} {command} {words[0]}", config=STYLE)
+        return run_plan(cells.load(Path(words[0])), running, console=console)
+    recipe, program = chosen(words[0], list(RECIPES), "recipe", f"{PROGRAM} recipes"), f"{PROGRAM} {command} {words[0]}"
+    if command == "compare":
+        asked, arguments = recipe_flags(recipe, {}, words[1:], Comparison, program)
+        return compare(recipe, arguments, asked, console=console)
+    base, arguments = recipe_flags(recipe, {}, words[1:], Ablation, program)
+    return ablate(recipe, arguments, base, console=console)
+
+
+def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, console: Console) -> int:
+    """Run and report models x settings x seeds; 0, 1 where runs failed, 75 where it was told to stop.
+
+    Raises ValueError, and starts nothing, for what the recipe refuses and for a run of other keywords in the folder.
+    """
+    common = _common(arguments)
+    models = dict(cells.model_of(recipe, text) for text in asked.models or (str(common.get("objective", recipe)),))
+    if len(models) < len(asked.models):
+        raise ValueError(f"models: expected different names, got {', '.join(asked.models)}; NAME=MODEL gives one")
+    plan = _plan(recipe, common, asked, models=models, reference=asked.reference)
+    return run_plan(plan, asked, console=console)
+
+
+def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, console: Console) -> int:
+    """Run and report the base and every part changed alone; statuses and errors as for `compare`."""
+    common = _common(arguments)
+    models: dict[str, dict[str, Any]] = {BASE: {}}
+    for text in asked.part or parts_of_meme(common):
+        models |= cells.part_of(recipe, text, common)
+    plan = _plan(recipe, common, asked, models=models, reference=BASE, kind="ablation")
+    return run_plan(plan, asked, console=console, gradient_draws=asked.gradient_draws)
+
+
+def parts_of_meme(base: Mapping[str, Any]) -> list[str]:
+    """The parts of MEME that its paper, or its code, could do without, one after the other."""
+    return [
+        "pseudo_inputs=1,10,100",
+        "weights' gradient kept:stop_gradient=false,estimator=rao_blackwell",
+        "samples=1,5,11,30",
+        "cross_weight=1,10",
+        "estimator=released,rao_blackwell,resampled",
+        "combination=mixture,product,product_with_standard",
+        "log_ratio=closed_form,sampled",
+        f"private_dim=0,{max(1, base['latent_dim'] // 4)}",
+        "posterior=normal,laplace",
+    ]
+
+
+def run_plan(plan: Plan, running: Running, *, console: Console, gradient_draws: int = 0) -> int:
+    """Keep the plan in the folder, run what is not there yet, and report; returns the exit status."""
+    folder = running.out
+    with Runner(plan, running, console=console) as runner:
+        write_json(folder / cells.FILE, dataclasses.asdict(plan))
+        status = runner.run()
+    if gradient_draws and status != SAVED:
+        _measure_gradient(plan, folder, gradient_draws, console=console)
+    console.print(f"\nreport  {write_report(folder)}", soft_wrap=True)
+    return status
+
+
+def report_only(folder: Path, *, console: Console) -> int:
+    """Write everything again from the run folders; 1 where runs have no results."""
+    path = write_report(folder)
+    plan = cells.load(folder / cells.FILE)
+    console.print(f"report  {path}", soft_wrap=True)
+    return 0 if all(measured(folder / RUNS / cell.folder, cell.keywords["steps"]) for cell in plan.cells()) else 1
+
+
+def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    common = flatten(arguments)
+    return common | ({"shards": absolute(common["shards"])} if "shards" in common else {})
+
+
+def _plan(recipe: str, common: Mapping[str, Any], asked: Asked, **rest: Any) -> Plan:
+    vary = dict(cells.varied_of(recipe, text) for text in asked.vary)
+    judge: Judge = ("first" if vary else "own") if asked.judge == "auto" else asked.judge
+    return Plan(recipe=recipe, common=common, seeds=asked.seeds, vary=vary, judge=judge, **rest)
+
+
+def _measure_gradient(plan: Plan, folder: Path, draws: int, *, console: Console) -> None:
+    """Of the first run of the base that is trained, once."""
+    for cell in plan.cells():
+        run, steps = folder / RUNS / cell.name, cell.keywords["steps"]
+        if cell.model == plan.against and cell.keywords.get("objective") == "meme" and progress(run) >= steps:
+            if signal_to_noise.held(folder) != (cell.name, steps, draws):
+                console.print(f"{run}: signal-to-noise ratio of its gradient, {draws} draws", soft_wrap=True)
+                signal_to_noise.write(folder, run, draws=draws)
+            return

@@ -1,0 +1,465 @@
+"""Laws of comparisons: what is planned is what is run, once; what is reported is what the runs hold; what fails takes nothing with it."""
+
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from meme_dist import cells, cli, compare, comparison
+from meme_dist.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
+from meme_dist.comparison import Run, best, direction, main_measurements, tabulated
+from meme_dist.comparison_report import write_report
+from meme_dist.data.sets.linear_gaussian import linear_gaussian
+from meme_dist.data.shards import write_shards
+from meme_dist.flags import recipe_flags
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.keywords import flatten
+from meme_dist.run import WriteTo
+from meme_dist.running import Runner, Running, orphans_of, surroundings
+from tests.ranks import forkserver
+
+QUIET = Console(quiet=True)
+TINY = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--rows-in-all", "40", "--batch-size", "8", "--pseudo-inputs", "4"]
+PRETENDED = Path(__file__).with_name("pretended.py")
+
+
+def asked(words: list[str], options: type = compare.Comparison) -> tuple[Any, dict[str, Any]]:
+    """As the command line parses it."""
+    return recipe_flags("linear_gaussian", {}, words, options, "meme-dist compare linear_gaussian")
+
+
+def plan_of(*words: str, out: Path = Path("unused")) -> Plan:
+    given, arguments = asked([*TINY, "--schedule", "constant", "--out", str(out), *words])
+    models = dict(model_of("linear_gaussian", text) for text in given.models or ("meme",))
+    return compare._plan("linear_gaussian", compare._common(arguments), given, models=models, reference=given.reference)
+
+
+# ---- plans ------------------------------------------------------------------------------------------------------------------------
+
+
+def another(value: Any, hint: Any) -> Any:
+    """A value that the keyword does not have by default."""
+    choices = [choice for choice in getattr(hint, "__args__", ()) if isinstance(choice, str)]
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [0.5, 0.75] if float in hint.__args__ else [4, 5]
+    if value is None:
+        return 0.25 if float in hint.__args__ else str(Path("elsewhere").resolve()) if Path in hint.__args__ else 3
+    return value + 1 if isinstance(value, int) else value / 2 if isinstance(value, float) else str(Path("elsewhere").resolve())
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if ":" not in name])
+def test_flags_say_every_keyword_of_every_recipe_so_that_training_understands_them(recipe: str) -> None:
+    """Defaults and the opposite of all defaults, through the parser of `meme-dist train`."""
+    hints, known = cells._hints(RECIPES[recipe]), cells.defaults(recipe)
+    needed = {
+        name: str(Path("there").resolve()) for name, p in inspect.signature(RECIPES[recipe]).parameters.items() if p.default is p.empty
+    }
+    changed = needed | {name: another(value, hints[name]) for name, value in known.items()}
+    for keywords in ({**needed, **known}, changed):
+        _, arguments = recipe_flags(recipe, {}, [*flags(keywords, known), "--out", "x"], WriteTo, "test")
+        assert flatten(arguments) == keywords
+        assert {name: typed(recipe, name, cells._text(value)) for name, value in keywords.items()} == keywords
+
+
+def test_flags_of_a_resumed_run_are_what_differs_from_it() -> None:
+    assert flags({"a": 1, "b": True, "c": False, "d": -2.0}, {"a": 1, "b": True, "c": False, "d": -2.0}) == []
+    assert flags({"b": False, "c": True, "d": -2.0, "e_f": [1, 2]}, {"b": True, "c": False, "d": 0.0}) == [
+        *["--no-b", "--c", "--d=-2.0", "--e-f", "1", "2"]
+    ]
+
+
+def test_words_name_models_parts_and_varied_keywords() -> None:
+    laplace = {"objective": "mmvae", "posterior": "laplace", "samples": 5}
+    assert model_of("linear_gaussian", "mmvae:posterior=laplace,samples=5") == ("mmvae:posterior=laplace,samples=5", laplace)
+    assert model_of("linear_gaussian", "L 5=mmvae:posterior=laplace,samples=5") == ("L 5", laplace)
+    assert model_of("linear_gaussian", "meme") == ("meme", {"objective": "meme"})
+    assert model_of("linear_gaussian", "wide=:latent_dim=9") == ("wide", {"latent_dim": 9})
+    assert varied_of("linear_gaussian", "missing=0,.5") == ("missing", [0.0, 0.5])
+    base = {"samples": 5}
+    assert part_of("linear_gaussian", "samples=1,5,30", base) == {"samples=1": {"samples": 1}, "samples=30": {"samples": 30}}
+    assert part_of("linear_gaussian", "kept:stop_gradient=false,samples=3", base) == {"kept": {"stop_gradient": False, "samples": 3}}
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--models", "mmvae", "mem"], "objective: expected meme, .*, got 'mem'"),
+        (["--models", "meme:sample=3"], "has no keyword 'sample'"),
+        (["--vary", "missing=x"], "missing: expected float, got 'x'"),
+        (["--vary", "private_dim=0,2"], "meme-private_dim=2-seed0: private_dim: expected 0 to 1"),
+        (["--models", "meme:samples=3", "--vary", "samples=1,2"], "samples is set by the model and varied too"),
+        (["--vary", "seed=1,2"], "seed is set by the model and varied too"),
+        (["--models", "a b=meme", "a-b=mmvae"], "two cells would share a folder: a-b-seed"),
+        (["--reference", "mvae", "--models", "meme"], "reference: expected one of the models ['meme'], got 'mvae'"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_anything_runs(words: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint.replace("[", r"\[").replace("]", r"\]")):
+        plan_of(*words)
+
+
+def test_cells_are_every_combination_once_and_the_plan_in_a_file_is_the_plan(tmp_path: Path) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--vary", "missing=0,.5", "event=3,4,5", "--seeds", "4", "7")
+    found = plan.cells()
+    assert len(found) == len({cell.name for cell in found}) == 2 * 2 * 3 * 2
+    assert [cell.name for cell in found[:3]] == [
+        f"{name}-missing=0.0-event=3-seed{s}" for name, s in (("meme", 4), ("few", 4), ("meme", 7))
+    ]
+    last = found[-1].keywords
+    assert (last["samples"], last["missing"], last["event"], last["seed"], last["steps"]) == (1, 0.5, 5, 7, 6)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.__dict__))
+    toml = (
+        'recipe = "linear_gaussian"\nseeds = [4, 7]\njudge = "first"\n[models.meme]\nobjective = "meme"\n[models.few]\nobjective = "meme"\n'
+    )
+    toml += (
+        "samples = 1\n[vary]\nmissing = [0, 0.5]\nevent = [3, 4, 5]\n[common]\nsteps = 6\nsamples = 2\nrows_in_all = 40\nbatch_size = 8\n"
+    )
+    (tmp_path / "plan.toml").write_text(toml + 'schedule = "constant"\npseudo_inputs = 4\n')
+    for file in ("plan.json", "plan.toml"):
+        assert cells.load(tmp_path / file).cells() == found
+    (tmp_path / "plan.toml").write_text(toml + "speed = 3\n")
+    with pytest.raises(ValueError, match="no keyword 'speed'"):
+        cells.load(tmp_path / "plan.toml")
+    (tmp_path / "plan.toml").write_text(f"sedes = [1]\n{toml}")
+    with pytest.raises(ValueError, match=r"plan.toml: expected a recipe .* got sedes, recipe"):
+        cells.load(tmp_path / "plan.toml")
+
+
+def test_an_ablation_changes_one_part_of_the_base_at_a_time_and_by_default_each_part_of_meme(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(compare, "run_plan", lambda plan, *_, **__: plans.append(plan) or 0)
+    given, arguments = asked([*TINY, "--samples", "11", "--latent-dim", "8", "--out", "x"], compare.Ablation)
+    assert compare.ablate("linear_gaussian", arguments, given, console=QUIET) == 0
+    base, plan = flatten(arguments), plans[0]
+    assert plan.against == "base" and plan.models["base"] == {}
+    assert all(any(base[key] != value for key, value in changed.items()) for label, changed in plan.models.items() if label != "base")
+    parts = {key for changed in plan.models.values() for key in changed}
+    assert parts >= {
+        "pseudo_inputs",
+        "stop_gradient",
+        "samples",
+        "cross_weight",
+        "estimator",
+        "combination",
+        "log_ratio",
+        "private_dim",
+        "posterior",
+    }
+    assert {"samples=1", "samples=5", "samples=30"} <= set(plan.models) and "samples=11" not in plan.models
+    given, arguments = asked([*TINY, "--out", "x", "--part", "samples=1,2,9", "--part", "k:event=2"], compare.Ablation)
+    compare.ablate("linear_gaussian", arguments, given, console=QUIET)
+    assert list(plans[1].models) == ["base", "samples=1", "samples=9", "k"]
+
+
+# ---- statistics -------------------------------------------------------------------------------------------------------------------
+
+
+def runs_of(plan: Plan, value: Callable[[cells.Cell], float | None], name: str = "cross_coherence/a>b") -> list[Run]:
+    found = {cell.name: value(cell) for cell in plan.cells()}
+    return [Run(cell, None if found[cell.name] is None else {name: found[cell.name]}, {}, Path(cell.name)) for cell in plan.cells()]
+
+
+def test_a_table_holds_scipys_intervals_paired_by_seed_and_setting() -> None:
+    plan = plan_of("--models", "meme", "mmvae", "m5=meme:samples=5", "--vary", "missing=0,.5", "--seeds", "0", "1", "2")
+    generator = np.random.default_rng(0)
+    values = {cell.name: float(generator.normal()) for cell in plan.cells()}
+    lost = "mmvae-missing=0.5-seed1"
+    table = tabulated(plan, runs_of(plan, lambda cell: None if cell.name == lost else values[cell.name]))
+    means = table["settings"][0]["measurements"]["cross_coherence/a>b"]["models"]["m5"]
+    own = [values[f"m5-missing=0.0-seed{seed}"] for seed in range(3)]
+    low, high = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
+    assert (means["value"], means["low"], means["high"], means["count"]) == pytest.approx((np.mean(own), low, high, 3))
+    tests = {test["model"]: test for test in table["tests"]}
+    assert set(tests) == {"mmvae", "m5"} and tests["m5"]["count"] == 6 and tests["mmvae"]["count"] == 5
+    keys = [f"-missing={m}-seed{s}" for m in ("0.0", "0.5") for s in range(3) if f"mmvae-missing={m}-seed{s}" != lost]
+    differences = [values[f"mmvae{key}"] - values[f"meme{key}"] for key in keys]
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert (tests["mmvae"]["low"], tests["mmvae"]["high"]) == pytest.approx((interval.low, interval.high))
+    p = sorted(test["p"] for test in tests.values())
+    assert sorted(test["holm"] for test in tests.values()) == pytest.approx([min(1, 2 * p[0]), max(min(1, 2 * p[0]), p[1])])
+    assert {run["run"]: run["values"] for run in table["runs"]}[lost] is None
+
+
+def test_the_best_is_named_only_where_it_is_surely_better_than_every_other() -> None:
+    close = {"a": {0: 0.90, 1: 0.70, 2: 0.80}, "b": {0: 0.88, 1: 0.685, 2: 0.778}, "c": {0: 0.1, 1: 0.2, 2: 0.0}}
+    assert best(close, 1) == "a"  # apart in every pair, although their own intervals overlap
+    assert best(close, -1) == "c"
+    assert best({**close, "b": {0: 0.8, 1: 0.75, 2: 0.70}}, 1) is None
+    assert best({**close, "b": {7: 0.1, 8: 0.1}}, 1) is None  # no pair, no claim
+    assert best(close, 0) is None and best({"a": {0: 1.0, 1: 2.0}}, 1) is None
+
+
+def test_what_is_better_and_what_is_shown() -> None:
+    better = {
+        "cross_coherence/a+b>c": 1,
+        "log_likelihood/a|b@100": 1,
+        "frechet/a>b": -1,
+        "imputation/a>b/rmse": -1,
+        "imputation/a>b/crps": -1,
+    }
+    neither = ["classifier/a", "imputation/a>b/coverage@95%", "frechet/real>b", "information/real>b", "correlation/plain/a-b/real"]
+    better |= {"imputation/a>b/log_likelihood": 1, "information/a>b": 1, "frechet/mean": -1, **dict.fromkeys(neither, 0)}
+    assert {name: direction(name) for name in better} == better
+    many = [f"cross_coherence/{k}>{j}" for k in range(4) for j in range(4)]
+    assert main_measurements(["cross_coherence/mean", *many, "ari/a"]) == ["cross_coherence/mean"]
+    assert main_measurements(["cross_coherence/a>b", "latent_accuracy/a"]) == ["cross_coherence/a>b", "latent_accuracy/a"]
+    filled = [f"imputation/{s}>c/{q}" for s in ("a", "b", "a+b", "1 observed") for q in ("rmse", "mae", "crps")]
+    assert main_measurements(filled) == ["imputation/a+b>c/rmse"] and main_measurements(["ari/a"]) == ["ari/a"]
+
+
+def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() -> None:
+    coherence = [(["a"], "b", 0.2), (["b"], "a", 0.4), (["a", "b"], "c", 0.9), (["c"], "c", 1.0)]
+    likelihood = [(["a"], [], 9, 0.0), (["a", "b"], [], 1, -2.0), (["a", "b"], [], 9, -1.0), (["a", "b"], ["c"], 9, 3.0)]
+    results = {
+        "cross_coherence": [{"sources": s, "target": t, "value": v} for s, t, v in coherence],
+        "log_likelihood": [{"targets": t, "given": g, "samples": k, "value": v} for t, g, k, v in likelihood],
+    }
+    assert comparison.derived(results) == {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0}
+
+
+# ---- running, with processes that only pretend to train ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    write_shards(linear_gaussian(rows=8), folder)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("meme_dist.running.POLL", 0.02)
+    for name in ("PRETEND_FAIL", "PRETEND_SLOW"):
+        monkeypatch.delenv(name, raising=False)
+    yield tmp_path / "out"
+
+
+def pretend(home: Path, plan: Plan, shards: Path, **running: Any) -> int:
+    """Run the plan to its report."""
+    home.mkdir(exist_ok=True)
+    told = {"keywords": {cell.name: dict(cell.keywords) for cell in plan.cells()}, "shards": str(shards)}
+    (home / "keywords.json").write_text(json.dumps(told))
+    launch = f"{sys.executable} -S -E {PRETENDED}"
+    return compare.run_plan(plan, Running(out=home, launch=launch, **running), console=QUIET)
+
+
+def calls(home: Path) -> list[str]:
+    return (home / "calls.txt").read_text().splitlines()
+
+
+def digests(home: Path) -> dict[str, bytes]:
+    return {name: (home / name).read_bytes() for name in ("table.json", "costs.json", "report.md", "measurements.md", "plan.json")}
+
+
+def test_every_cell_is_run_once_and_running_again_changes_no_byte(home: Path, shards: Path) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "2")
+    assert pretend(home, plan, shards, jobs=2) == 0
+    assert sorted(calls(home)) == sorted(f"train {cell.name}" for cell in plan.cells())
+    first = digests(home)
+    assert pretend(home, plan, shards) == 0 and len(calls(home)) == 6
+    assert digests(home) == first
+    for name in ("table.json", "report.md", "measurements.md", "costs.json"):
+        (home / name).unlink()
+    assert compare.report_only(home, console=QUIET) == 0 and digests(home) == first
+    more = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "2", "3")
+    assert pretend(home, more, shards) == 0 and calls(home)[6:] == ["train meme-seed3", "train few-seed3"]
+
+
+def test_a_failed_run_is_named_with_its_last_lines_and_nothing_else_is_lost(
+    home: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "2")
+    monkeypatch.setenv("PRETEND_FAIL", "few-seed1")
+    assert pretend(home, plan, shards) == 1 and len(calls(home)) == 6
+    text = (home / "report.md").read_text()
+    assert "`few-seed1` ended with:" in text and "ValueError: out of luck" in text and "5 of 6 runs are measured" in text
+    table = json.loads((home / "table.json").read_text())
+    counts = {model: entry["count"] for model, entry in table["settings"][0]["measurements"]["cross_coherence/mean"]["models"].items()}
+    assert counts == {"meme": 3, "few": 2} and {test["count"] for test in table["tests"]} == {2}
+    assert compare.report_only(home, console=QUIET) == 1
+    monkeypatch.delenv("PRETEND_FAIL")
+    assert pretend(home, plan, shards) == 0 and calls(home)[6:] == ["train few-seed1"]
+    assert pretend(tmp_path / "whole", plan, shards) == 0
+    assert (home / "table.json").read_bytes() == (tmp_path / "whole" / "table.json").read_bytes()
+
+
+def test_a_comparison_that_was_told_to_stop_goes_on_to_the_same_table(
+    home: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "--steps", "40")
+    monkeypatch.setenv("PRETEND_SLOW", "0.02")
+    monkeypatch.setattr("meme_dist.supervise.LAST_WORDS", 0.05)
+
+    def stop() -> None:
+        state = home / "runs" / "few-seed0" / "checkpoints" / "last" / "state.json"
+        deadline = time.monotonic() + 30
+        while not state.is_file() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert pretend(home, plan, shards) == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert "stopped" not in (home / "report.md").read_text() and calls(home) == ["train meme-seed0", "train few-seed0"]
+    step = json.loads((home / "runs" / "few-seed0" / "checkpoints" / "last" / "state.json").read_text())["step"]
+    assert f"saved at step {step}" in (home / "logs" / "few-seed0.log").read_text()  # in its own time: nothing was killed
+    assert 0 < step < 40 and not (home / "runs" / "few-seed0" / "report.md").exists() and orphans_of(home) == []
+    monkeypatch.setenv("PRETEND_SLOW", "0")
+    assert pretend(home, plan, shards) == 0
+    assert "--resume" in (home / "logs" / "few-seed0.log").read_text()
+    assert pretend(tmp_path / "whole", plan, shards) == 0
+    assert (home / "table.json").read_bytes() == (tmp_path / "whole" / "table.json").read_bytes()
+
+
+def die_comparing(home: Path, plan: Plan, shards: Path) -> None:
+    os.environ["PRETEND_SLOW"] = "0.05"
+    pretend(home, plan, shards)
+
+
+def test_what_a_killed_comparison_left_running_is_stopped_before_anything_starts(home: Path, shards: Path) -> None:
+    plan = plan_of("--models", "meme", "--seeds", "0", "1", "--steps", "600")
+    process = forkserver().Process(target=die_comparing, args=(home, plan, shards))
+    process.start()
+    state = home / "runs" / "meme-seed0" / "checkpoints" / "last" / "state.json"
+    deadline = time.monotonic() + 60
+    while not state.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another comparison is at work here"):
+        pretend(home, plan, shards)
+    process.kill()
+    process.join()
+    assert len(orphans_of(home.resolve())) == 1
+    assert pretend(home, plan, shards) == 0  # a run of 600 slow steps would not have ended
+    words, saved, again, *_ = (home / "logs" / "meme-seed0.log").read_text().splitlines()
+    assert words.startswith("$") and saved.startswith("saved at step") and "--resume" in again
+    assert orphans_of(home.resolve()) == [] and calls(home) == ["train meme-seed0"] * 2 + ["train meme-seed1"]
+
+
+def test_one_runs_rows_judge_all_and_are_asked_first(home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--vary", "missing=0,.5", "--seeds", "0")
+    assert plan.judge == "first"
+    monkeypatch.setenv("PRETEND_FAIL", "train meme-missing=0.0")  # then the next one judges
+    assert pretend(home, plan, shards, jobs=3) == 1
+    judge = "few-missing=0.0-seed0"
+    measured = [call for call in calls(home) if call.startswith("evaluate")]
+    assert measured[0] == f"evaluate {judge}"
+    assert sorted(measured[1:]) == [f"evaluate {name}-missing=0.5-seed0 judge {judge}" for name in ("few", "meme")]
+    monkeypatch.delenv("PRETEND_FAIL")
+    assert pretend(home, plan, shards) == 0  # once chosen it judges ever after
+    assert calls(home)[-1] == f"evaluate meme-missing=0.0-seed0 judge {judge}"
+    with pytest.raises(ValueError, match="add --judge first"):
+        pretend(home, plan_of("--models", "meme", "--seeds", "0"), shards)
+
+
+@pytest.mark.parametrize("vary", [[], ["--vary", "missing=0,.5"]])
+def test_a_pooled_model_is_another_ones_runs_asked_again(home: Path, shards: Path, vary: list[str]) -> None:
+    plan = plan_of("--models", "meme", "pooled=meme:pool=product", *vary, "--seeds", "0", "1")
+    assert pretend(home, plan, shards, jobs=2) == 0
+    assert not [call for call in calls(home) if call.startswith("train pooled")]
+    asked_again = [call.split(" judge")[0] for call in calls(home) if " pool" in call]
+    assert sorted(asked_again) == sorted(f"evaluate {cell.name} pool" for cell in plan.cells() if cell.model == "meme")
+    test = next(t for t in json.loads((home / "table.json").read_text())["tests"] if t["measurement"] == "cross_coherence/mean")
+    assert (test["model"], test["value"], test["count"]) == ("pooled", pytest.approx(0.05), len(plan.cells()) // 2)
+    assert pretend(home, plan, shards) == 0 and len(asked_again) == len([call for call in calls(home) if " pool" in call])
+    with pytest.raises(ValueError, match="none has these settings without it; add it"):
+        plan_of("--models", "meme", "pooled=mmvae:pool=product")
+    with pytest.raises(ValueError, match="pool: expected mixture, product"):
+        plan_of("--models", "meme", "meme:pool=sum")
+
+
+def test_a_run_with_other_keywords_is_refused_and_more_steps_of_it_are_not(home: Path, shards: Path) -> None:
+    assert pretend(home, plan_of("--models", "meme", "--seeds", "0"), shards) == 0
+    before = digests(home)
+    with pytest.raises(ValueError, match=r"--samples: 2 in the run, 3 now.*--out FOLDER"):
+        pretend(home, plan_of("--models", "meme", "--seeds", "0", "--samples", "3"), shards)
+    assert digests(home) == before
+    assert pretend(home, plan_of("--models", "meme", "--seeds", "0", "--steps", "9"), shards) == 0
+    assert json.loads((home / "runs" / "meme-seed0" / "results.json").read_text())["step"] == 9
+    assert "--resume" in (home / "logs" / "meme-seed0.log").read_text() and "--steps 9" in (home / "logs" / "meme-seed0.log").read_text()
+    (home / "runs" / "meme-seed1").mkdir()  # killed before it wrote its record
+    assert pretend(home, plan_of("--models", "meme", "--seeds", "0", "1", "--steps", "9"), shards) == 0
+
+
+def test_the_report_shows_tables_curves_pictures_and_what_is_missing(home: Path, shards: Path) -> None:
+    plan = plan_of("--models", "meme", "m9=meme:samples=9", "--vary", "missing=0,.3,.6", "--seeds", "0", "1", "2")
+    assert pretend(home, plan, shards, jobs=2) == 0
+    text = (home / "report.md").read_text()
+    first = 0.5 + 0.02 + 0.03 * (0 + 2 + 4) / 3 + 0.005
+    assert f"{first:.3f} [" in text and f"| **{first + 0.07:.3f} [" in text  # better by as much in every pair
+    assert "+0.070 [0.070, 0.070]" in text and "0.0039" in text  # 9 pairs: 2 / 2^9
+    for name in ("against-missing", "by-inputs"):
+        assert (home / "figures" / f"{name}.png").stat().st_size > 5000 and f"figures/{name}.png" in text
+    assert "104" in text.split("## Time and memory")[1]  # the median of the three seeds' rows a second
+    (home / "runs" / "m9-missing=0.0-seed0" / "report.md").unlink()
+    (home / "runs" / "earlier-seed0").mkdir()
+    (home / "runs" / "earlier-seed0" / "run.json").write_text("{}")
+    write_report(home)
+    text = (home / "report.md").read_text()
+    assert "17 of 18 runs are measured" in text and "earlier plan, in no table: `earlier-seed0`" in text
+
+
+def test_jobs_share_cores_and_gpus_and_one_job_has_all() -> None:
+    assert surroundings(1, 1, {"A": "b"}, 4) == {"A": "b"}
+    assert [surroundings(slot, 3, {}, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    assert surroundings(1, 2, {"CUDA_VISIBLE_DEVICES": "5,7", "OMP_NUM_THREADS": "3"}, 2) == {
+        "CUDA_VISIBLE_DEVICES": "7",
+        "OMP_NUM_THREADS": "3",
+    }
+    assert "CUDA_VISIBLE_DEVICES" not in surroundings(0, 2, {}, 1)
+    with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):
+        Runner(plan_of(), Running(Path("x"), jobs=0), console=QUIET)
+    assert slug("mmvae: Laplace, K=5") == "mmvae-Laplace-K=5"
+
+
+# ---- the real thing ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.launch
+def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_training_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny = [*TINY, "--steps", "60", "--save-every", "2", "--log-every", "20", "--schedule", "constant"]
+    words = ["linear_gaussian", *tiny, "--out", "out", "--models", "meme", "mmvae", "--seeds", "0", "1"]
+    process = forkserver().Process(target=compare.main, args=("compare", words))
+    process.start()
+    run = Path("out/runs/meme-seed0")
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "last" / "state.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert compare.main("compare", [*words, "--jobs", "2"]) == 0
+    assert f"--resume {run.resolve()}" in Path("out/logs/meme-seed0.log").read_text()
+    assert cli.main(["train", "linear_gaussian", *tiny, "--seed", "0", "--run", "alone/run"]) == 0
+    alone, inside = (json.loads((folder / "results.json").read_text()) for folder in (Path("alone/run"), run))
+    assert alone == inside
+    table = json.loads(Path("out/table.json").read_text())
+    assert all(run["values"] is not None for run in table["runs"]) and len(table["runs"]) == 4
+    assert {(test["model"], test["count"]) for test in table["tests"]} == {("mmvae", 2)}
+    assert Path("out/figures/cross-generation.png").stat().st_size > 5000
+    before = Path("out/table.json").read_bytes()
+    assert compare.main("compare", ["--report-only", "out"]) == 0 and Path("out/table.json").read_bytes() == before
+    Path("out/plan.toml").write_text('recipe = "linear_gaussian"\n[models.meme]\nspeed = 3\n')
+    with pytest.raises(ValueError, match="no keyword 'speed'"):
+        compare.main("compare", ["out/plan.toml", "--out", "other"])
