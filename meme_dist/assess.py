@@ -18,8 +18,9 @@ from meme_dist.progress import stage
 from meme_dist.ranks import ALONE, Processes
 from meme_dist.recipes.base import Recipe
 from meme_dist.record import write_json
-from meme_dist.report import FIGURES, RESULTS, illustrate, tables, write_report
+from meme_dist.report import FIGURES, RESULTS, illustrate, write_report
 from meme_dist.stored import Stored
+from meme_dist.tables import on_screen
 
 EVALUATION_ROWS = 256  # of a batch, on each rank
 GRID = Path(FIGURES) / "cross_generation.png"
@@ -88,7 +89,7 @@ def assess(
         rows = next(iter(evaluation(manifest, "test", Place(), seed=seed)))
         illustrate(folder, objective, rows, fields=manifest.fields, classes=manifest.classes, measured=measured, seed=seed)
         report = write_report(folder)
-    console.print(tables(results), markup=False, soft_wrap=True)
+    console.print(on_screen(results), markup=False, soft_wrap=True)
     console.print(f"\ngrid    {folder / GRID}\nreport  {report}", soft_wrap=True)
 
 

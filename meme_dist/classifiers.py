@@ -43,7 +43,7 @@ class ClassifierTraining:
 
 
 class Classifier:
-    """Names the class of data of one modality, on whatever device they come; a metric's `Classify`."""
+    """Names the class of data of one modality, on whatever device they come; a metric's `Classify` and `Judge`."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -51,6 +51,31 @@ class Classifier:
     def __call__(self, x: Shaped[Tensor, "R *event"]) -> Int[Tensor, " R"]:
         with evaluating(self.network):
             return self.network.to(x.device)(x).argmax(-1)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer. Raises ValueError for a network that has no linear one."""
+        linear = [part for part in self.network.modules() if isinstance(part, nn.Linear)]
+        if not linear:
+            raise ValueError(f"features need a network that ends in a linear layer, got {type(self.network).__name__} without one")
+        return linear[-1]
+
+    def features(self, x: Shaped[Tensor, "R *event"]) -> Float[Tensor, "R E"]:
+        """What goes into the last layer. Raises ValueError where what comes out of it are not the logits."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def watched(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((inputs[0], output))
+
+        watch = self.head.register_forward_hook(watched)
+        try:
+            with evaluating(self.network):
+                logits = self.network.to(x.device)(x)
+        finally:
+            watch.remove()
+        if len(seen) != 1 or seen[0][1] is not logits:
+            raise ValueError(f"features need a network whose last linear layer gives its logits, {type(self.network).__name__} does not")
+        return seen[0][0]
 
 
 def trained_classifiers(

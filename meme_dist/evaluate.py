@@ -3,35 +3,48 @@
 The result of `measure` (every estimate is {"value", "low", "high", "count"}: a 95 % interval and what it was measured on; null where
 nothing could be measured; entries that were not asked for are absent):
 
-    classifiers        {modality: estimate}                      accuracy on real test data, which caps the coherence towards it
-    cross_coherence    [{"sources": [...], "target", estimate}]
-    joint_coherence    {"all": estimate, "pairs": [{"modalities": [a, b], estimate}]}
-    latent_accuracy    [{"sources": [...], estimate}]
-    relatedness        [{"modalities": [a, b], "auroc_class", "auroc_row": estimate, "histogram": {"edges", "paired", "unpaired"},
-                         "class_matrix", "linkage"}]
-    log_likelihood     [{"targets": [...], "given": [...], "samples": K, estimate in nats a row, "per_dimension"}]
-    left_out           {name: why}                               what this data set cannot be asked
+    classifiers          {modality: estimate}                    accuracy on real test data, which caps the coherence towards it
+    cross_coherence      [{"sources": [...], "target", estimate}]
+    coherence_by_inputs  [{"inputs": n, "target" (null: all), "pairs", estimate, "ceiling" where one is known}]   means over pairs of n
+                         sources and a target; the interval knows that pairs share rows (`meme_dist.metrics.by_inputs`)
+    joint_coherence      {"all": estimate, "pairs": [{"modalities": [a, b], estimate}]}
+    latent_accuracy      [{"sources": [...], estimate}]
+    clustering           [{"sources": [...], "ari": estimate, "nmi": estimate}]
+    relatedness          [{"modalities": [a, b], "auroc_class", "auroc_row": estimate, "histogram": {"edges", "paired", "unpaired"},
+                           "class_matrix", "linkage"}]
+    frechet              [{"from": "sources" | "prior" | "real" (one half from the other), "sources": [...], "target", "value", "count",
+                           "real": count of real rows}]          no interval: low and high are null
+    log_likelihood       [{"targets": [...], "given": [...], "samples": K, estimate in nats a row, "per_dimension"}]
+    imputation           [{"observed": [...] (null: any), "inputs": n, "target", "count", then estimates, as its likelihood allows: "rmse",
+                           "mae", "accuracy", "log_likelihood" in nats a row, "crps", "coverage": {"50%", "80%", "95%"}}]
+    correlation          [{"embedding": "plain" | "average" | "sif", "modalities": [a, b], "components", "canonical": the strongest on
+                           training rows, and estimates "real", "a>b" (b made from a), "b>a", "prior"}]
+    information          [{"sources": [...] (null: real data), "target", estimate in nats}]
+    left_out             {name: why}                             what this data set cannot be asked
     rows, classes, seed
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from meme_dist import results
 from meme_dist.data.fields import Field
-from meme_dist.metrics import intervals
-from meme_dist.metrics.coherence import Sources, classifier_accuracy, cross_coherence, cross_key, joint_coherence, joint_key, source_sets
+from meme_dist.metrics import cca
+from meme_dist.metrics.clustering import clustering
+from meme_dist.metrics.coherence import cross_key, joint_coherence, joint_key, source_sets
+from meme_dist.metrics.information import curvatures, last_layer
 from meme_dist.metrics.latents import Latents, collect
-from meme_dist.metrics.likelihood import Query, likelihood_key, log_likelihood, queries
+from meme_dist.metrics.likelihood import Query, likelihood_key, queries
 from meme_dist.metrics.probes import Fit, fit_linear, latent_accuracy
-from meme_dist.metrics.relatedness import Relatedness, linkage_json, relatedness
-from meme_dist.metrics.rows import Classify, Metric, device_of, evaluating, on_device
+from meme_dist.metrics.relatedness import relatedness
+from meme_dist.metrics.rows import Classify, Embed, Judge, Metric, device_of, evaluating, on_device
+from meme_dist.metrics.sentences import Sentences, average, captions, sif
 from meme_dist.objectives.base import Objective
+from meme_dist.results import Ceilings
 from meme_dist.types import Batch, Sums
 
 Reduce = Callable[[Tensor], Tensor]
@@ -49,32 +62,36 @@ def evaluate(objective: Objective, batches: Iterable[Batch], metrics: Sequence[M
     The sums cross the ranks once, at the end. Every rank needs one batch at least (`Evaluation` gives all of them equally many), since
     the metrics' names come from batches; raises ValueError where there is none.
     """
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, Sums] = {}
     device = device_of(objective)
     with evaluating(objective):
         for batch in batches:
             batch = on_device(batch, device)
             for metric in metrics:
-                for name, sums in metric(objective, batch).items():
-                    pair = torch.stack([sums.total.detach().double(), sums.count.detach().double()])
-                    totals[name] = totals[name] + pair if name in totals else pair
+                for name, (total, count) in metric(objective, batch).items():
+                    new = Sums(total.detach().double(), count.detach().double())
+                    old = totals.get(name)
+                    totals[name] = new if old is None else Sums(old.total + new.total, old.count + new.count)
     if metrics and not totals:
         raise ValueError("evaluate: expected at least one batch, got none; check the split's number of rows")
-    return reduce_sums({name: Sums(*pair) for name, pair in totals.items()}, reduce)
+    return reduce_sums(totals, reduce)
 
 
 def reduce_sums(sums: Mapping[str, Sums], reduce: Reduce) -> dict[str, Sums]:
-    """Add up every rank's sums in one exchange."""
+    """Add up every rank's sums, of any shapes, in one exchange; the result is on the CPU."""
     if not sums:
         return {}
     names = sorted(sums)
-    table = reduce(torch.stack([torch.stack([sums[name].total, sums[name].count]) for name in names]))
-    return {name: Sums(*row) for name, row in zip(names, table.cpu(), strict=True)}
+    parts = [part for name in names for part in sums[name]]
+    added = reduce(torch.cat([part.flatten() for part in parts])).cpu().split([part.numel() for part in parts])
+    shaped = [flat.view(part.shape) for flat, part in zip(added, parts, strict=True)]
+    return {name: Sums(*pair) for name, *pair in zip(names, shaped[::2], shaped[1::2], strict=True)}
 
 
 def values(sums: Mapping[str, Sums]) -> dict[str, float]:
-    """The means, for the log; what nothing was measured on is left out."""
-    return {name: float(s.total / s.count) for name, s in sums.items() if s.count > 0 and not name.endswith("/square")}
+    """The means, for the log; what nothing was measured on is left out, and so are tables and squares, which only intervals need."""
+    plain = {name: s for name, s in sums.items() if s.total.dim() == 0 and not name.endswith("/square")}
+    return {name: float(s.total / s.count) for name, s in plain.items() if s.count > 0}
 
 
 @dataclass(frozen=True)
@@ -83,16 +100,23 @@ class Measures:
 
     coherence_sources: int = 31  # sets of sources at most: beyond that they are sampled, of every size (N <= 5: all of them)
     own_coherence: bool = False  # also the coherence of reconstructions
+    ceilings: Ceilings = field(default_factory=dict)  # {target: {number of inputs: coherence}} where the data set's best is known
     joint_draws: int = 10_000
     probe_rows: int = 10_000  # training rows for the linear probes
+    clustering_rows: int = 2_000  # test rows
     relatedness_rows: int = 1_000  # test rows; distances grow with the square
+    frechet_rows: int = 2_000  # test rows, of images and whatever else has an embedder
     likelihood_rows: int = 500  # test rows
     likelihood_samples: tuple[int, ...] = (1, 100)  # K; each must divide the largest
+    imputation_rows: int = 100  # test rows
+    imputation_draws: int = 39  # a row: 39 or 199, whose intervals end at a draw
+    correlation_components: int = 0  # of CCA between modalities; 40 in Shi et al. 2019
+    information_rows: int = 0  # training rows for the classifiers' last layers, and test rows
     seed: int = 0
 
 
 class Measured(NamedTuple):
-    """The results as plain JSON, and the test latents for figures (None where neither probes nor relatedness were asked for)."""
+    """The results as plain JSON, and the test latents for figures (None where nothing was asked of them)."""
 
     results: dict[str, Any]
     latents: Latents | None
@@ -107,6 +131,7 @@ def measure(
     classes: Sequence[str],
     classifiers: Mapping[str, Classify],
     measures: Measures,
+    embedders: Mapping[str, Embed] | None = None,
     fit: Fit = fit_linear,
     reduce: Reduce = alone,
     rank: int = 0,
@@ -115,73 +140,106 @@ def measure(
     """Everything `measures` asks for; collective: each rank calls it with its part of `train` and `test` and gets the whole result.
 
     What needs labels is left out, with the reason, where the data set has no classes. Modalities without a classifier are no targets of
-    coherence.
+    coherence. `embedders`: features for Frechet distances and correlations, by default those of the images' classifiers.
     """
-    sources = source_sets(list(fields), most=measures.coherence_sources, seed=measures.seed) if measures.coherence_sources else []
-    asked = queries(list(fields)) if measures.likelihood_rows else []
-    left_out = {} if classes else _unlabelled(measures)
     classifiers = classifiers if classes else {}
-    metrics = [log_likelihood(asked, samples=measures.likelihood_samples, rows=measures.likelihood_rows)] if asked else []
-    if classifiers:
-        metrics += [cross_coherence(classifiers, sources, own=measures.own_coherence), classifier_accuracy(classifiers)]
+    judges = {name: judge for name, judge in classifiers.items() if isinstance(judge, Judge)}
+    if embedders is None:
+        embedders = {name: judge.features for name, judge in judges.items() if fields[name].kind == "image"}
+    parts = _parts(objective, list(fields), fields, classifiers, embedders, measures)
+    if measures.information_rows and judges:
+        parts.append(_information(objective, train, list(fields), judges, measures.information_rows, reduce))
+    left_out = _left_out(measures, fields, classes, embedders, judges)
+    if measures.correlation_components:
+        part, unfit = _correlation(objective, train, fields, embedders, measures.correlation_components, reduce)
+        parts.append(part)
+        left_out |= unfit
+    metrics = [metric for part in parts for metric in part.metrics]
     sums = evaluate(objective, test, metrics, reduce=reduce) if metrics else {}
+    found = {name: entry for part in parts for name, entry in part.entries(sums).items()}
     if len(classifiers) > 1 and measures.joint_draws:
         with evaluating(objective):
             part = joint_coherence(objective, classifiers, num=measures.joint_draws, seed=measures.seed, rank=rank, world=world)
-        sums |= reduce_sums(part, reduce)
-    results = {
-        "classes": list(classes),
-        "seed": measures.seed,
-        **_coherences(sums, classifiers, sources, measures),
-        **_likelihoods(sums, asked, measures, fields),
-    }
+        found |= results.joint_entries(reduce_sums(part, reduce), classifiers)
     latents, from_latents = _from_latents(objective, train, test, classes, measures, fit, reduce)
-    return Measured({**results, **from_latents, **({"left_out": left_out} if left_out else {})}, latents)
+    about = {"classes": list(classes), "seed": measures.seed}
+    return Measured({**about, **found, **from_latents, **({"left_out": left_out} if left_out else {})}, latents)
 
 
-def _unlabelled(measures: Measures) -> dict[str, str]:
-    asked = {
+def _parts(
+    objective: Objective,
+    names: Sequence[str],
+    fields: Mapping[str, Field],
+    classifiers: Mapping[str, Classify],
+    embedders: Mapping[str, Embed],
+    measures: Measures,
+) -> list[results.Part]:
+    """What the test rows alone are asked."""
+    sources = source_sets(names, most=measures.coherence_sources, seed=measures.seed) if measures.coherence_sources else []
+    parts = []
+    if measures.likelihood_rows:
+        samples, rows = measures.likelihood_samples, measures.likelihood_rows
+        parts.append(results.likelihoods(queries(names), fields, samples=samples, rows=rows))
+    if classifiers:
+        parts.append(results.coherence(classifiers, sources, measures.ceilings, own=measures.own_coherence))
+    if measures.frechet_rows and embedders:
+        parts.append(results.frechets(embedders, names, rows=measures.frechet_rows))
+    if measures.imputation_rows:
+        patterns = sources or source_sets(names, seed=measures.seed)
+        parts.append(results.imputations(objective, patterns, rows=measures.imputation_rows, draws=measures.imputation_draws))
+    return parts
+
+
+def _information(
+    objective: Objective, train: Iterable[Batch], names: Sequence[str], judges: Mapping[str, Judge], rows: int, reduce: Reduce
+) -> results.Part:
+    learnt = evaluate(objective, train, [curvatures(judges, rows=rows)], reduce=reduce)
+    layers = {name: last_layer(judge.head, learnt[f"information/curvature/{name}"]) for name, judge in judges.items()}
+    return results.informations(judges, layers, names, rows=rows)
+
+
+def _correlation(
+    objective: Objective,
+    train: Iterable[Batch],
+    fields: Mapping[str, Field],
+    embedders: Mapping[str, Embed],
+    components: int,
+    reduce: Reduce,
+) -> tuple[results.Part, dict[str, str]]:
+    """Two passes over the training rows: words and their neighbours, then the moments of the embeddings. And what cannot be measured."""
+    texts = {name: len(one.vocabulary) for name, one in fields.items() if one.kind == "text" and name not in embedders}
+    learnt = evaluate(objective, train, [captions(texts)], reduce=reduce) if texts else {}
+    plain = cca.plain_views(fields, embedders)
+    kinds: dict[str, Callable[[Sums], Sentences] | None] = {"average": average, "sif": sif} if texts else {"plain": None}
+    known = [name for name in fields if name in plain or name in texts]
+    views = {kind: {n: make(learnt[f"words/{n}"]) if make and n in texts else plain[n] for n in known} for kind, make in kinds.items()}
+    sums = evaluate(objective, train, [cca.joint_moments(view, kind) for kind, view in views.items()], reduce=reduce)
+    final = {kind: cca.final_views(sums, view, kind) for kind, view in views.items()}
+    fitted = {kind: cca.fit_pairs(sums, view, kind, components=components) for kind, view in final.items()}
+    unfit = {f"correlation of {a} and {b}": why for _, missing in fitted.values() for (a, b), why in missing.items()}
+    return results.correlated({kind: (fitted[kind][0], view) for kind, view in final.items()}), unfit
+
+
+def _left_out(
+    measures: Measures,
+    fields: Mapping[str, Field],
+    classes: Sequence[str],
+    embedders: Mapping[str, Embed],
+    judges: Mapping[str, Judge],
+) -> dict[str, str]:
+    labels = {
         "cross_coherence": measures.coherence_sources,
         "joint_coherence": measures.joint_draws,
         "latent_accuracy": measures.probe_rows,
+        "clustering": measures.clustering_rows,
+        "information": measures.information_rows,
     }
-    return {name: "needs class labels, and this data set has none" for name, wanted in asked.items() if wanted}
-
-
-def _coherences(sums: Mapping[str, Sums], classifiers: Mapping[str, Classify], sources: Sequence[Sources], measures: Measures) -> dict:
-    if not classifiers:
-        return {}
-    cross = [
-        {"sources": list(chosen), "target": target, **intervals.proportion(sums[cross_key(chosen, target)]).json()}
-        for chosen in sources
-        for target in classifiers
-        if measures.own_coherence or target not in chosen
-    ]
-    if cross and not any(entry["count"] for entry in cross):
-        raise ValueError("cross coherence needs class labels and no test row that holds its sources has one; write the shards with labels")
-    accuracy = {name: intervals.proportion(sums[f"classifier/{name}"]).json() for name in classifiers}
-    found: dict[str, Any] = {"classifiers": accuracy} | ({"cross_coherence": cross} if cross else {})
-    if "joint_coherence/all" in sums:
-        names = list(classifiers)
-        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        found["joint_coherence"] = {
-            "all": intervals.proportion(sums["joint_coherence/all"]).json(),
-            "pairs": [{"modalities": list(pair), **intervals.proportion(sums[joint_key(pair)]).json()} for pair in pairs],
-        }
+    found = {} if classes else {name: "needs class labels, and this data set has none" for name, wanted in labels.items() if wanted}
+    if measures.frechet_rows and not embedders and any(one.kind == "image" for one in fields.values()):
+        found["frechet"] = "needs features of images: labels, so that classifiers can be trained, or embedders given to `measure`"
+    if classes and measures.information_rows and not judges:
+        found["information"] = "needs classifiers that end in a linear layer"
     return found
-
-
-def _likelihoods(sums: Mapping[str, Sums], asked: Sequence[Query], measures: Measures, fields: Mapping[str, Field]) -> dict:
-    found = []
-    for query in asked:
-        size = sum(math.prod(fields[name].shape) for name in query.targets)
-        for num in measures.likelihood_samples:
-            key = likelihood_key(query, num)
-            estimate = intervals.mean(sums[key], sums[f"{key}/square"])
-            per_dimension = estimate.value / size if estimate.count else None
-            entry = {"targets": list(query.targets), "given": list(query.given), "samples": num, **estimate.json()}
-            found.append({**entry, "per_dimension": per_dimension})
-    return {"log_likelihood": found} if found else {}
 
 
 def _from_latents(
@@ -193,29 +251,22 @@ def _from_latents(
     fit: Fit,
     reduce: Reduce,
 ) -> tuple[Latents | None, dict[str, Any]]:
-    probed = bool(measures.probe_rows and classes)
-    if not probed and not measures.relatedness_rows:
+    probed, clustered = (rows if classes else 0 for rows in (measures.probe_rows, measures.clustering_rows))
+    rows = max(probed, clustered, measures.relatedness_rows)
+    if not rows:
         return None, {}
-    rows = max(measures.probe_rows if probed else 0, measures.relatedness_rows)
-    latents = collect(objective, test, rows=rows, reduce=reduce)
+    alone = [(name,) for name in objective.modalities]
+    latents = collect(objective, test, rows=rows, sources=[*alone, *([tuple(objective.modalities)] if clustered else [])], reduce=reduce)
     found: dict[str, Any] = {}
     if probed:
-        learnt = collect(objective, train, rows=measures.probe_rows, reduce=reduce)
+        learnt = collect(objective, train, rows=probed, reduce=reduce)
         accuracy = latent_accuracy(learnt, latents, classes=len(classes), fit=fit)
         found["latent_accuracy"] = [{"sources": list(names), **estimate.json()} for names, estimate in accuracy.items()]
+    if clustered:
+        found |= results.clustered(clustering(latents.first(clustered), classes=len(classes), seed=measures.seed))
     if measures.relatedness_rows:
-        related = relatedness(latents.first(measures.relatedness_rows), classes=len(classes))
-        found["relatedness"] = [{"modalities": list(pair), **_related_json(one)} for pair, one in related.items()]
+        found |= results.related(relatedness(latents.first(measures.relatedness_rows), classes=len(classes)))
     return latents, found
-
-
-def _related_json(related: Relatedness) -> dict[str, Any]:
-    histogram = {name: array.tolist() for name, array in related.histogram._asdict().items()}
-    found: dict[str, Any] = {"auroc_row": related.auroc_row.json(), "histogram": histogram}
-    if related.auroc_class is not None and related.class_matrix is not None:
-        matrix = [[None if np.isnan(value) else float(value) for value in row] for row in related.class_matrix]
-        found |= {"auroc_class": related.auroc_class.json(), "class_matrix": matrix, "linkage": linkage_json(related.linkage)}
-    return found
 
 
 def flatten(results: Mapping[str, Any]) -> dict[str, float]:
@@ -232,6 +283,29 @@ def flatten(results: Mapping[str, Any]) -> dict[str, float]:
     for entry in results.get("relatedness", []):
         pair = "-".join(entry["modalities"])
         flat |= {f"{name}/{pair}": entry[name]["value"] for name in ("auroc_class", "auroc_row") if name in entry}
+    flat |= {_by_inputs(e): e["value"] for e in results.get("coherence_by_inputs", [])}
+    for entry in results.get("clustering", []):
+        flat |= {f"{name}/{'+'.join(entry['sources'])}": entry[name]["value"] for name in ("ari", "nmi")}
+    for entry in results.get("frechet", []):
+        flat[f"frechet/{'+'.join(entry['sources']) or entry['from']}>{entry['target']}"] = entry["value"]
+    for entry in results.get("information", []):
+        flat[f"information/{'real' if entry['sources'] is None else '+'.join(entry['sources'])}>{entry['target']}"] = entry["value"]
+    for entry in results.get("correlation", []):
+        name = f"correlation/{entry['embedding']}/{'-'.join(entry['modalities'])}"
+        flat |= {f"{name}/{made}": entry[made]["value"] for made in cca.makings(tuple(entry["modalities"]))}
+    for entry in results.get("imputation", []):
+        flat |= _imputed(entry)
     for entry in results.get("log_likelihood", []):
         flat[likelihood_key(Query(tuple(entry["targets"]), tuple(entry["given"])), entry["samples"])] = entry["value"]
     return {name: value for name, value in flat.items() if value is not None}
+
+
+def _by_inputs(entry: Mapping[str, Any]) -> str:
+    return f"coherence_by_inputs/{entry['inputs']}" + (f">{entry['target']}" if entry["target"] else "")
+
+
+def _imputed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    observed = f"{entry['inputs']} observed" if entry["observed"] is None else "+".join(entry["observed"])
+    measured = {name: entry[name] for name in ("rmse", "mae", "accuracy", "log_likelihood", "crps") if name in entry}
+    measured |= {f"coverage@{level}": estimate for level, estimate in entry.get("coverage", {}).items()}
+    return {f"imputation/{observed}>{entry['target']}/{name}": estimate["value"] for name, estimate in measured.items()}

@@ -270,6 +270,26 @@ def _dendrogram(axes: Axes, entry: Mapping[str, Any], classes: Sequence[str]) ->
     axes.set_ylim(bottom=max(0.0, low - 0.15 * (max(row[2] for row in tree) - low) - 1e-6))
 
 
+# ---- coherence by inputs ----------------------------------------------------------------------------------------------------------------
+
+
+def inputs_curve(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Coherence against the number of inputs, from `results["coherence_by_inputs"]`: over all targets, each target, known ceilings."""
+    targets = list(dict.fromkeys(entry["target"] for entry in entries))
+    with _figure(path, (6.4, 4.2)) as figure:
+        axes = figure.subplots()
+        for target, colour in zip(targets, [INK, *_palette(len(targets))], strict=False):
+            line = [entry for entry in entries if entry["target"] == target]
+            x, value = [entry["inputs"] for entry in line], np.array([entry["value"] for entry in line], dtype=float)
+            low, high = (np.array([entry[name] for entry in line], dtype=float) for name in ("low", "high"))
+            axes.plot(x, value, color=colour, marker="o", markersize=3.5, label="all targets" if target is None else f"to {target}")
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            known = [(entry["inputs"], entry["ceiling"]) for entry in line if "ceiling" in entry]
+            axes.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (5, 3)), linewidth=1.0) if known else None
+        axes.set(xlabel="modalities given", ylabel="cross coherence", ylim=(0, 1.02), xticks=sorted({e["inputs"] for e in entries}))
+        axes.legend(loc="best")
+
+
 # ---- curves over steps ------------------------------------------------------------------------------------------------------------------
 
 

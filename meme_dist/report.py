@@ -5,9 +5,8 @@ nothing that the folder does not hold. Paths in it are relative: the folder can 
 """
 
 import json
-import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from meme_dist.metrics.intervals import aggregate
 from meme_dist.metrics.latents import Latents
 from meme_dist.metrics.rows import holds
 from meme_dist.objectives.base import Objective
+from meme_dist.tables import estimate, table, tables
 from meme_dist.types import Batch
 
 RUN, LOG, RESULTS, FIGURES, REPORT = "run.json", "metrics.jsonl", "results.json", "figures", "report.md"
@@ -49,6 +49,8 @@ def illustrate(
     _draw_grids(place, objective, batch, fields, seed)
     if measured.latents is not None:
         _draw_latents(place / "latent_map.png", measured.latents, classes)
+    if len({entry["inputs"] for entry in measured.results.get("coherence_by_inputs", [])}) > 1:
+        figures.inputs_curve(place / "coherence_by_inputs.png", measured.results["coherence_by_inputs"])
     if related := measured.results.get("relatedness"):
         figures.relatedness_panels(place / "relatedness.png", related, classes)
     log = read_log(folder / LOG)
@@ -173,7 +175,7 @@ def _what_ran(run: Mapping[str, Any]) -> str:
     text = "## What ran\n\n"
     if command:
         text += f"```\n{shlex.join(map(str, command))}\n```\n\n"
-    return text + _table(["setting", "value"], [[name, f"`{value}`" if value not in ("", None) else "–"] for name, value in lines])
+    return text + table(["setting", "value"], [[name, f"`{value}`" if value not in ("", None) else "–"] for name, value in lines])
 
 
 def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
@@ -186,6 +188,7 @@ CAPTIONS = {
     "cross_generation": "Each block starts from real test data (first line); below, what the model makes of each column, one sample.",
     "joint_generation": "Each column is one draw from the prior, decoded into every modality.",
     "imputation": "Test rows with missing modalities, one a column; what the model filled in stands on colour.",
+    "coherence_by_inputs": "Cross coherence against the number of modalities that the model starts from; dashed: the best there can be.",
     "coherence": "Coherence over steps, measured during training on part of the test rows.",
     "loss": "The loss and its terms over steps, means a row, in nats.",
     "latent_map": "Posterior means of single modalities. Modalities that mean the same should lie together, apart from other classes.",
@@ -201,21 +204,7 @@ def _pictures(folder: Path) -> str:
     return "\n\n".join(["## Figures", *shown]) if shown else ""
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------------------------
-
-
-def tables(results: Mapping[str, Any]) -> str:
-    """Every measurement of `meme_dist.evaluate.measure` as Markdown tables that also read well as plain text."""
-    made: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("cross_coherence", _cross_table),
-        ("joint_coherence", _joint_table),
-        ("latent_accuracy", _latent_table),
-        ("relatedness", _relatedness_table),
-        ("log_likelihood", _likelihood_table),
-    ]
-    parts = [table(results) for name, table in made if results.get(name)]
-    parts += [f"Left out: {name.replace('_', ' ')} ({why})." for name, why in results.get("left_out", {}).items()]
-    return "\n\n".join(parts)
+# ---- several runs ----------------------------------------------------------------------------------------------------------------------
 
 
 def over_runs_table(folders: Sequence[Path]) -> str:
@@ -232,71 +221,7 @@ def over_runs_table(folders: Sequence[Path]) -> str:
     found = aggregate(flat)
     digits = {name: 1 if name.startswith("log_likelihood") else 3 for name in found}
     lines = [
-        [f"`{name}`", _estimate(estimate.json(), digits=digits[name]), ", ".join(f"{run[name]:.{digits[name]}f}" for run in flat)]
-        for name, estimate in found.items()
+        [f"`{name}`", estimate(over.json(), digits=digits[name]), ", ".join(f"{run[name]:.{digits[name]}f}" for run in flat)]
+        for name, over in found.items()
     ]
-    return _table(["measurement", f"mean of {len(flat)} runs", "each"], lines)
-
-
-def _cross_table(results: Mapping[str, Any]) -> str:
-    entries, real = results["cross_coherence"], results.get("classifiers", {})
-    targets = list(dict.fromkeys([*real, *(entry["target"] for entry in entries)]))
-    cells = {(tuple(entry["sources"]), entry["target"]): _estimate(entry) for entry in entries}
-    lines = [[" + ".join(chosen), *(cells.get((chosen, t), "") for t in targets)] for chosen in dict.fromkeys(s for s, _ in cells)]
-    ceiling = [["*real data (ceiling)*", *(_estimate(real[t]) if t in real else "" for t in targets)]]
-    return (
-        "## Cross coherence\n\nShare of test rows in which the generated modality shows the row's class, as a classifier of real data sees "
-        "it. The last line is that classifier on real test data.\n\n" + _table(["from", *(f"to {t}" for t in targets)], lines + ceiling)
-    )
-
-
-def _joint_table(results: Mapping[str, Any]) -> str:
-    joint = results["joint_coherence"]
-    lines = [["all modalities", _estimate(joint["all"])]]
-    if len(joint["pairs"]) > 1:
-        lines += [[" and ".join(entry["modalities"]), _estimate(entry)] for entry in joint["pairs"]]
-    said = f"Share of {joint['all']['count']:,} draws from the prior in which all the generated modalities show one class."
-    return f"## Joint coherence\n\n{said}\n\n" + _table(["agree", "share"], lines)
-
-
-def _latent_table(results: Mapping[str, Any]) -> str:
-    lines = [[" + ".join(entry["sources"]), _estimate(entry)] for entry in results["latent_accuracy"]]
-    said = "Accuracy of a linear classifier on samples of the posteriors of test rows."
-    return f"## Latent accuracy\n\n{said}\n\n" + _table(["posterior of", "accuracy"], lines)
-
-
-def _relatedness_table(results: Mapping[str, Any]) -> str:
-    lines = [
-        [" and ".join(e["modalities"]), _estimate(e["auroc_class"]) if "auroc_class" in e else "", _estimate(e["auroc_row"])]
-        for e in results["relatedness"]
-    ]
-    said = "Chance that the posteriors of a related pair lie closer (2-Wasserstein distance) than those of an unrelated one; 0.5 is none."
-    return f"## Relatedness\n\n{said}\n\n" + _table(["modalities", "same class", "same row"], lines)
-
-
-def _likelihood_table(results: Mapping[str, Any]) -> str:
-    entries = results["log_likelihood"]
-    samples = list(dict.fromkeys(entry["samples"] for entry in entries))
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    for entry in entries:
-        key = (" + ".join(entry["targets"]), " + ".join(entry["given"]) or "–")
-        cells.setdefault(key, {})[entry["samples"]] = _estimate(entry, digits=1)
-    lines = [[*key, *(found.get(num, "") for num in samples)] for key, found in cells.items()]
-    said = "Lower bounds of the log-likelihood of test rows, nats a row, importance-weighted with K samples (higher is better)."
-    return f"## Log-likelihood\n\n{said}\n\n" + _table(["of", "given", *(f"K = {num}" for num in samples)], lines)
-
-
-def _estimate(entry: Mapping[str, Any], *, digits: int = 3) -> str:
-    """`0.452 [0.434, 0.470]`; a dash where nothing was measured."""
-    value, low, high = (entry.get(name) for name in ("value", "low", "high"))
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else "")
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table whose columns are padded, so that it reads as text too."""
-    body = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(len(line[column]) for line in [list(header), *body]) for column in range(len(header))]
-    made = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in [list(header), *body]]
-    return "\n".join([made[0], "| " + " | ".join("-" * width for width in widths) + " |", *made[1:]])
+    return table(["measurement", f"mean of {len(flat)} runs", "each"], lines)

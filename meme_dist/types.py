@@ -72,10 +72,10 @@ class Loss(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """A mean in the making: adds across batches, micro batches and ranks."""
+    """A mean in the making, or a table of them: adds across batches, micro batches and ranks."""
 
-    total: Float[Tensor, ""]
-    count: Float[Tensor, ""]
+    total: Float[Tensor, "*shape"]
+    count: Float[Tensor, "*counts"]
 
 
 def pack(

@@ -170,7 +170,7 @@ def test_reduce_is_called_once_and_adds_up_all_sums() -> None:
     metrics = [cross_coherence({"a": shown, "b": shown}, source_sets("ab")), classifier_accuracy({"a": shown})]
     seen = []
     found = evaluate(objective, [batch], metrics, reduce=lambda table: seen.append(table.shape) or 3 * table)
-    assert seen == [(3, 2)] and found["cross_coherence/a>b"] == (24, 24)
+    assert seen == [(6,)] and found["cross_coherence/a>b"] == (24, 24)
 
 
 def test_modes_come_back_part_by_part_even_after_an_error() -> None:
@@ -593,8 +593,8 @@ def test_everything_is_measured_at_once_as_plain_json_with_the_planted_values() 
 
 def test_without_classes_what_needs_them_is_left_out_with_the_reason() -> None:
     results = measured(None, ()).results
-    assert set(results["left_out"]) == {"cross_coherence", "joint_coherence", "latent_accuracy"}
-    assert not {"cross_coherence", "joint_coherence", "latent_accuracy", "classifiers"} & set(results)
+    assert set(results["left_out"]) == {"cross_coherence", "joint_coherence", "latent_accuracy", "clustering"}
+    assert not {"cross_coherence", "coherence_by_inputs", "joint_coherence", "latent_accuracy", "clustering", "classifiers"} & set(results)
     assert len(results["relatedness"]) == 3 and "auroc_class" not in results["relatedness"][0] and results["log_likelihood"]
 
 

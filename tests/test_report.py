@@ -74,10 +74,10 @@ def test_every_figure_of_the_report_is_there_is_shown_once_and_has_a_caption(fol
     text = (folder / "report.md").read_text()
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     expected = {"cross_generation", "joint_generation", "imputation", "coherence", "loss", "latent_map", "relatedness"}
-    assert {Path(link).stem for link in links} == expected == set(report.CAPTIONS) and len(links) == len(expected)
+    assert {Path(link).stem for link in links} == expected == set(report.CAPTIONS) - {"coherence_by_inputs"} and len(links) == len(expected)
     for link in links:
         assert not Path(link).is_absolute() and 0.005 < drawn(folder / link) < 0.95
-    assert all(caption in text for caption in report.CAPTIONS.values())
+    assert all(caption in text for name, caption in report.CAPTIONS.items() if name in expected)
 
 
 def test_a_report_of_what_is_there_so_far_leaves_the_rest_out(tmp_path: Path) -> None:

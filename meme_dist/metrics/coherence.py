@@ -62,10 +62,11 @@ def cross_key(sources: Sources, target: str) -> str:
     return f"cross_coherence/{joined(sources)}>{target}"
 
 
-def cross_coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sources], *, own: bool = False) -> Metric:
+def cross_coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sources], *, own: bool = False, groups: int = 0) -> Metric:
     """Cross coherence from every set of sources to every classified modality outside it (`own`: also to those inside).
 
-    A row counts where it holds ALL the sources and has a label; whether it holds the target does not matter.
+    A row counts where it holds ALL the sources and has a label; whether it holds the target does not matter. `KEY/groups` [groups]: the
+    same sums for each group of rows (row number modulo `groups`), for the intervals of averages over entries.
     """
 
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
@@ -74,24 +75,35 @@ def cross_coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sourc
         for chosen in sources:
             targets = [name for name in classifiers if own or name not in chosen]
             if targets:
-                sums |= _from_sources(objective, batch, chosen, {name: classifiers[name] for name in targets}, known)
+                sums |= _from_sources(objective, batch, chosen, {name: classifiers[name] for name in targets}, known, groups)
         return sums
 
     return metric
 
 
 def _from_sources(
-    objective: Objective, batch: Batch, sources: Sources, classifiers: Mapping[str, Classify], known: Bool[Tensor, " B"]
+    objective: Objective,
+    batch: Batch,
+    sources: Sources,
+    classifiers: Mapping[str, Classify],
+    known: Bool[Tensor, " B"],
+    groups: int,
 ) -> dict[str, Sums]:
     counted = holds(batch, sources) & known
-    label = batch.label[counted] if batch.label is not None else batch.draw[:0]
-    if len(label) == 0:  # no decoder sees an empty batch
-        return {cross_key(sources, name): add_up(label.double()) for name in classifiers}
-    z = objective.infer(batch.only(*sources)).sample(noise_of(batch), f"coherence/{joined(sources)}", 1)[0, counted]
-    return {
-        cross_key(sources, name): share(_shown(objective, name, classify, z) == label.to(z.device))
-        for name, classify in classifiers.items()
-    }
+    label, row = batch.label[counted] if batch.label is not None else batch.draw[:0], batch.draw[counted]
+    hits = {name: torch.zeros(0, dtype=torch.bool, device=row.device) for name in classifiers}
+    if len(label):  # no decoder sees an empty batch
+        z = objective.infer(batch.only(*sources)).sample(noise_of(batch), f"coherence/{joined(sources)}", 1)[0, counted]
+        hits = {name: _shown(objective, name, classify, z) == label.to(z.device) for name, classify in classifiers.items()}
+    found = {cross_key(sources, name): share(right) for name, right in hits.items()}
+    if groups:
+        found |= {f"{cross_key(sources, name)}/groups": _by_group(right, row[: len(right)], groups) for name, right in hits.items()}
+    return found
+
+
+def _by_group(hits: Bool[Tensor, " R"], row: Int[Tensor, " R"], groups: int) -> Sums:
+    member = torch.nn.functional.one_hot(row % groups, groups).double()
+    return Sums(hits.double() @ member, member.sum(0))
 
 
 def joint_coherence(

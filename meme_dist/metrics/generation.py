@@ -28,8 +28,10 @@ def cross_generations(objective: Objective, batch: Batch, *, samples: int = 1, p
     grid: Grid = {}
     with evaluating(objective):
         for source in batch.modalities:
-            z = objective.infer(batch.only(source)).sample(noise_of(batch), f"{purpose}/{source}", samples)
-            grid |= {(source, target): objective.modality(target).reconstruct(z).cpu() for target in batch.modalities}
+            given, noise = batch.only(source), noise_of(batch)
+            z = objective.infer(given).sample(noise, f"{purpose}/{source}", samples)
+            made = {name: objective.reconstruct(name, z, noise, f"{purpose}/{source}", given=given).cpu() for name in batch.modalities}
+            grid |= {(source, target): x for target, x in made.items()}
     return grid
 
 
@@ -46,8 +48,9 @@ def joint_generations(objective: Objective, num: int, *, seed: int = 0, first: i
 def _chunk(objective: Objective, number: int, seed: int) -> dict[str, Shaped[Tensor, "R *event"]]:
     with evaluating(objective):
         draw = torch.arange(number * CHUNK, (number + 1) * CHUNK, device=device_of(objective))
-        z = objective.prior().sample(Noise(seed, draw), "joint generation", 1)[0]
-        return {name: objective.modality(name).reconstruct(z).cpu() for name in objective.modalities}
+        noise = Noise(seed, draw)
+        z = objective.prior().sample(noise, "joint generation", 1)
+        return {name: objective.reconstruct(name, z, noise, "joint generation")[0].cpu() for name in objective.modalities}
 
 
 def imputations(objective: Objective, batch: Batch, *, samples: int = 1) -> dict[str, Shaped[Tensor, "K B *event"]]:
@@ -57,5 +60,6 @@ def imputations(objective: Objective, batch: Batch, *, samples: int = 1) -> dict
     """
     batch = on_device(batch, device_of(objective))
     with evaluating(objective):
-        z = objective.infer(batch).sample(noise_of(batch), f"imputation/{joined(batch.modalities)}", samples)
-        return {name: objective.modality(name).reconstruct(z).cpu() for name in batch.modalities}
+        noise, purpose = noise_of(batch), f"imputation/{joined(batch.modalities)}"
+        z = objective.infer(batch).sample(noise, purpose, samples)
+        return {name: objective.reconstruct(name, z, noise, purpose, given=batch).cpu() for name in batch.modalities}

@@ -2,7 +2,8 @@
 
     log p(x_T | x_G) >= E[ log 1/K sum_k  prod_{i in T} p(x_i | z_k) p(z_k | x_G) / q(z_k | x_T) ],     z_k ~ q(z | x_T)
 
-T: the targets, G: what is given. With nothing given, p(z | x_G) is the model's prior; else it is the inferred posterior of G, which is
+T: the targets, G: what is given. Latents w_i that a target has of its own count as the rest: w_ik ~ q(w_i | x_i), times their prior over
+their posterior. With nothing given, p(z | x_G) is the model's prior; else it is the inferred posterior of G, which is
 the conditional prior of the generative model p(x_T | x_G) = E_{p(z | x_G)} p(x_T | z). A lower bound in expectation for every K, rising
 with K. Units: nats a row, of the likelihood's own density: images in [0, 1] are scored as continuous values, so that bits per dimension
 of 8-bit images, which would need dequantisation, are not to be had from it.
@@ -76,12 +77,28 @@ def _log_weights(
     proposal = objective.infer(batch.only(*query.targets))
     prior = objective.infer(batch.only(*query.given)) if query.given else objective.prior()
     data = {name: batch.dense(name)[counted] for name in query.targets}
-    parts = []
-    for z in proposal.sample(noise_of(batch), f"likelihood/{joined(query.targets)}|{joined(query.given)}", num).split(chunk):
-        ratio = (prior.log_prob(z) - proposal.log_prob(z))[:, counted]
-        here = z[:, counted]
-        parts.append(ratio + sum(_log_prob(objective, name, x, here) for name, x in data.items()))
+    purpose, parts = f"likelihood/{joined(query.targets)}|{joined(query.given)}", []
+    drawn = proposal.sample(noise_of(batch), purpose, num)
+    own = {name: _own(objective, batch, name, f"{purpose}/private/{name}", num) for name in query.targets}
+    for start in range(0, num, chunk):
+        z, here = drawn[start : start + chunk], slice(start, start + chunk)
+        log_weight = (prior.log_prob(z) - proposal.log_prob(z))[:, counted]
+        for name, x in data.items():
+            w, ratio = own[name]
+            log_weight = log_weight + ratio[here, counted] + _log_prob(objective, name, x, torch.cat([z, w[here]], -1)[:, counted])
+        parts.append(log_weight)
     return torch.cat(parts)
+
+
+def _own(
+    objective: Objective, batch: Batch, name: str, purpose: str, num: int
+) -> tuple[Float[Tensor, "{num} B P"], Float[Tensor, "{num} B"]]:
+    """Draws of a modality's own latents from what its data say of them, and log prior - log posterior of each; without any, of size 0."""
+    if not objective.modality(name).private_dim:
+        return torch.zeros(num, len(batch.draw), 0, device=batch.draw.device), torch.zeros(num, len(batch.draw), device=batch.draw.device)
+    posterior = objective.private_posterior(name, len(batch.draw), batch)
+    w = posterior.sample(noise_of(batch), purpose, num)
+    return w, objective.private_prior(name).log_prob(w) - posterior.log_prob(w)
 
 
 def _log_prob(objective: Objective, name: str, x: Shaped[Tensor, "R *event"], z: Float[Tensor, "K R D"]) -> Float[Tensor, "K R"]:

@@ -2,21 +2,38 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from meme_dist.distributions import wide
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Sums
 
 Metric = Callable[[Objective, Batch], Mapping[str, Sums]]
-"""A metric of a batch. Its keys depend on the modalities alone, never on the rows, so that all ranks add up the same sums."""
+"""A metric of a batch. Its keys depend on the modalities alone, never on the rows, so that all ranks add up the same sums.
+
+A sum may have any shape (a table of outer products, a total for each group of rows), the same for every batch.
+"""
 
 Classify = Callable[[Shaped[Tensor, "R *event"]], Shaped[Tensor, " R"]]
 """The class index that a datum of one modality shows."""
+
+Embed = Callable[[Shaped[Tensor, "R *event"]], Float[Tensor, "R E"]]
+"""Features of data of one modality."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A classifier whose last layer is linear: `meme_dist.classifiers.Classifier`."""
+
+    def __call__(self, x: Shaped[Tensor, "R *event"]) -> Shaped[Tensor, " R"]: ...
+    def features(self, x: Shaped[Tensor, "R *event"]) -> Float[Tensor, "R E"]: ...
+    @property
+    def head(self) -> nn.Linear: ...
 
 
 def joined(names: Collection[str]) -> str:
@@ -53,6 +70,31 @@ def add_up(values: Float[Tensor, " R"]) -> Sums:
     """The sum of the given rows and their count, in double precision: thousands of rows of hundreds of nats keep their digits."""
     values = values.detach().double()
     return Sums(values.sum(), torch.tensor(float(len(values)), dtype=torch.float64, device=values.device))
+
+
+def with_square(key: str, values: Float[Tensor, " R"]) -> dict[str, Sums]:
+    """The sum of the given rows under `key` and that of their squares under `key/square`: what the interval of a mean needs."""
+    values = values.detach().double()
+    return {key: add_up(values), f"{key}/square": add_up(values.square())}
+
+
+def shown(
+    objective: Objective, name: str, z: Float[Tensor, "K R D"], noise: Noise, purpose: str, *, given: Batch | None = None
+) -> Shaped[Tensor, "K R *event"]:
+    """The likelihood's mean of a modality at shared latents z; its own latents, where it has any, are drawn from their prior.
+
+    `given`, R rows: where these hold the modality its own latents are drawn from what it says of them.
+    """
+    return objective.reconstruct(name, z, noise, purpose, given=given)
+
+
+def decoded(objective: Objective, name: str, z: Float[Tensor, "K R D"], noise: Noise, purpose: str) -> Float[Tensor, "K R *outputs"]:
+    """The likelihood's parameters where `shown` gives its mean."""
+    modality = objective.modality(name)
+    if modality.private_dim:
+        own = objective.private_posterior(name, z.shape[1], None)
+        z = torch.cat([z, own.sample(noise, f"{purpose}/private/{name}", len(z)).to(z)], -1)
+    return wide(modality.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -47,4 +47,5 @@ def planted(
     def build(manifest: Manifest) -> Objective:
         return model.build(modalities_for(manifest.fields, model, scale=scale))
 
-    return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
+    ceilings = {"target": {number: rows.ceiling(number, noise=noise) for number in range(1, sources + 1)}}
+    return Recipe(build, training, dataset, measures=Measures(seed=training.seed, ceilings=ceilings))
