@@ -100,14 +100,14 @@ def train(words: list[str]) -> int:
 
 def compare(words: list[str]) -> int:
     """`compare RECIPE ...`, `compare PLAN ...`, `compare --report-only FOLDER`; 1 where runs failed, 75 where it was told to stop."""
-    from meme_dist.compare import main
+    from meme_dist.compare.command import main
 
     return main("compare", words)
 
 
 def ablate(words: list[str]) -> int:
     """`ablate RECIPE ...`; statuses as of `compare`."""
-    from meme_dist.compare import main
+    from meme_dist.compare.command import main
 
     return main("ablate", words)
 

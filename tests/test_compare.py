@@ -16,17 +16,18 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from meme_dist import cells, cli, compare, comparison
-from meme_dist.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
-from meme_dist.comparison import Run, best, direction, main_measurements, tabulated
-from meme_dist.comparison_report import write_report
+from meme_dist import cli
+from meme_dist.compare import cells, command, tabulation
+from meme_dist.compare.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
+from meme_dist.compare.report import write_report
+from meme_dist.compare.running import Runner, Running, orphans_of, surroundings
+from meme_dist.compare.tabulation import Run, best, direction, main_measurements, tabulated
 from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.data.shards import write_shards
 from meme_dist.flags import recipe_flags
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.keywords import flatten
 from meme_dist.run import WriteTo
-from meme_dist.running import Runner, Running, orphans_of, surroundings
 from tests.ranks import forkserver
 
 QUIET = Console(quiet=True)
@@ -34,7 +35,7 @@ TINY = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--rows-in-all", 
 PRETENDED = Path(__file__).with_name("pretended.py")
 
 
-def asked(words: list[str], options: type = compare.Comparison) -> tuple[Any, dict[str, Any]]:
+def asked(words: list[str], options: type = command.Comparison) -> tuple[Any, dict[str, Any]]:
     """As the command line parses it."""
     return recipe_flags("linear_gaussian", {}, words, options, "meme-dist compare linear_gaussian")
 
@@ -42,7 +43,7 @@ def asked(words: list[str], options: type = compare.Comparison) -> tuple[Any, di
 def plan_of(*words: str, out: Path = Path("unused")) -> Plan:
     given, arguments = asked([*TINY, "--schedule", "constant", "--out", str(out), *words])
     models = dict(model_of("linear_gaussian", text) for text in given.models or ("meme",))
-    return compare._plan("linear_gaussian", compare._common(arguments), given, models=models, reference=given.reference)
+    return command._plan("linear_gaussian", command._common(arguments), given, models=models, reference=given.reference)
 
 
 # ---- plans ------------------------------------------------------------------------------------------------------------------------
@@ -142,9 +143,9 @@ def test_cells_are_every_combination_once_and_the_plan_in_a_file_is_the_plan(tmp
 
 def test_an_ablation_changes_one_part_of_the_base_at_a_time_and_by_default_each_part_of_meme(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
-    monkeypatch.setattr(compare, "run_plan", lambda plan, *_, **__: plans.append(plan) or 0)
-    given, arguments = asked([*TINY, "--samples", "11", "--latent-dim", "8", "--out", "x"], compare.Ablation)
-    assert compare.ablate("linear_gaussian", arguments, given, console=QUIET) == 0
+    monkeypatch.setattr(command, "run_plan", lambda plan, *_, **__: plans.append(plan) or 0)
+    given, arguments = asked([*TINY, "--samples", "11", "--latent-dim", "8", "--out", "x"], command.Ablation)
+    assert command.ablate("linear_gaussian", arguments, given, console=QUIET) == 0
     base, plan = flatten(arguments), plans[0]
     assert plan.against == "base" and plan.models["base"] == {}
     assert all(any(base[key] != value for key, value in changed.items()) for label, changed in plan.models.items() if label != "base")
@@ -161,8 +162,8 @@ def test_an_ablation_changes_one_part_of_the_base_at_a_time_and_by_default_each_
         "posterior",
     }
     assert {"samples=1", "samples=5", "samples=30"} <= set(plan.models) and "samples=11" not in plan.models
-    given, arguments = asked([*TINY, "--out", "x", "--part", "samples=1,2,9", "--part", "k:event=2"], compare.Ablation)
-    compare.ablate("linear_gaussian", arguments, given, console=QUIET)
+    given, arguments = asked([*TINY, "--out", "x", "--part", "samples=1,2,9", "--part", "k:event=2"], command.Ablation)
+    command.ablate("linear_gaussian", arguments, given, console=QUIET)
     assert list(plans[1].models) == ["base", "samples=1", "samples=9", "k"]
 
 
@@ -229,7 +230,7 @@ def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() 
         "cross_coherence": [{"sources": s, "target": t, "value": v} for s, t, v in coherence],
         "log_likelihood": [{"targets": t, "given": g, "samples": k, "value": v} for t, g, k, v in likelihood],
     }
-    assert comparison.derived(results) == {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0}
+    assert tabulation.derived(results) == {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0}
 
 
 # ---- running, with processes that only pretend to train ------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("meme_dist.running.POLL", 0.02)
+    monkeypatch.setattr("meme_dist.compare.running.POLL", 0.02)
     for name in ("PRETEND_FAIL", "PRETEND_SLOW"):
         monkeypatch.delenv(name, raising=False)
     yield tmp_path / "out"
@@ -257,7 +258,7 @@ def pretend(home: Path, plan: Plan, shards: Path, **running: Any) -> int:
     told = {"keywords": {cell.name: dict(cell.keywords) for cell in plan.cells()}, "shards": str(shards)}
     (home / "keywords.json").write_text(json.dumps(told))
     launch = f"{sys.executable} -S -E {PRETENDED}"
-    return compare.run_plan(plan, Running(out=home, launch=launch, **running), console=QUIET)
+    return command.run_plan(plan, Running(out=home, launch=launch, **running), console=QUIET)
 
 
 def calls(home: Path) -> list[str]:
@@ -277,7 +278,7 @@ def test_every_cell_is_run_once_and_running_again_changes_no_byte(home: Path, sh
     assert digests(home) == first
     for name in ("table.json", "report.md", "measurements.md", "costs.json"):
         (home / name).unlink()
-    assert compare.report_only(home, console=QUIET) == 0 and digests(home) == first
+    assert command.report_only(home, console=QUIET) == 0 and digests(home) == first
     more = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "2", "3")
     assert pretend(home, more, shards) == 0 and calls(home)[6:] == ["train meme-seed3", "train few-seed3"]
 
@@ -293,7 +294,7 @@ def test_a_failed_run_is_named_with_its_last_lines_and_nothing_else_is_lost(
     table = json.loads((home / "table.json").read_text())
     counts = {model: entry["count"] for model, entry in table["settings"][0]["measurements"]["cross_coherence/mean"]["models"].items()}
     assert counts == {"meme": 3, "few": 2} and {test["count"] for test in table["tests"]} == {2}
-    assert compare.report_only(home, console=QUIET) == 1
+    assert command.report_only(home, console=QUIET) == 1
     monkeypatch.delenv("PRETEND_FAIL")
     assert pretend(home, plan, shards) == 0 and calls(home)[6:] == ["train few-seed1"]
     assert pretend(tmp_path / "whole", plan, shards) == 0
@@ -441,7 +442,7 @@ def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_trainin
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny = [*TINY, "--steps", "60", "--save-every", "2", "--log-every", "20", "--schedule", "constant"]
     words = ["linear_gaussian", *tiny, "--out", "out", "--models", "meme", "mmvae", "--seeds", "0", "1"]
-    process = forkserver().Process(target=compare.main, args=("compare", words))
+    process = forkserver().Process(target=command.main, args=("compare", words))
     process.start()
     run = Path("out/runs/meme-seed0")
     deadline = time.monotonic() + 120
@@ -449,7 +450,7 @@ def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_trainin
         time.sleep(0.005)
     process.kill()
     process.join()
-    assert compare.main("compare", [*words, "--jobs", "2"]) == 0
+    assert command.main("compare", [*words, "--jobs", "2"]) == 0
     assert f"--resume {run.resolve()}" in Path("out/logs/meme-seed0.log").read_text()
     assert cli.main(["train", "linear_gaussian", *tiny, "--seed", "0", "--run", "alone/run"]) == 0
     alone, inside = (json.loads((folder / "results.json").read_text()) for folder in (Path("alone/run"), run))
@@ -459,7 +460,7 @@ def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_trainin
     assert {(test["model"], test["count"]) for test in table["tests"]} == {("mmvae", 2)}
     assert Path("out/figures/cross-generation.png").stat().st_size > 5000
     before = Path("out/table.json").read_bytes()
-    assert compare.main("compare", ["--report-only", "out"]) == 0 and Path("out/table.json").read_bytes() == before
+    assert command.main("compare", ["--report-only", "out"]) == 0 and Path("out/table.json").read_bytes() == before
     Path("out/plan.toml").write_text('recipe = "linear_gaussian"\n[models.meme]\nspeed = 3\n')
     with pytest.raises(ValueError, match="no keyword 'speed'"):
-        compare.main("compare", ["out/plan.toml", "--out", "other"])
+        command.main("compare", ["out/plan.toml", "--out", "other"])

@@ -17,16 +17,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from meme_dist import cells, signal_to_noise
-from meme_dist.cells import Judge, Plan
-from meme_dist.comparison import RUNS, measured
-from meme_dist.comparison_report import write_report
+from meme_dist import signal_to_noise
+from meme_dist.compare import cells
+from meme_dist.compare.cells import Judge, Plan
+from meme_dist.compare.report import write_report
+from meme_dist.compare.running import Runner, Running
+from meme_dist.compare.tabulation import RUNS, measured
 from meme_dist.data.source import absolute
 from meme_dist.flags import PROGRAM, STYLE, chosen, recipe_flags, value_of
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.keywords import flatten
 from meme_dist.record import write_json
-from meme_dist.running import Runner, Running
 from meme_dist.supervise import progress
 from meme_dist.train.signals import SAVED
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meme_dist import cells, comparison, comparison_figures, signal_to_noise
+from meme_dist import signal_to_noise
 from meme_dist.assess import GRID
-from meme_dist.cells import Plan
-from meme_dist.comparison import Run
+from meme_dist.compare import cells, figures, tabulation
+from meme_dist.compare.cells import Plan
+from meme_dist.compare.tabulation import Run
 from meme_dist.record import write_json
 from meme_dist.report import FIGURES, REPORT
 from meme_dist.tables import estimate, table
@@ -32,8 +33,8 @@ def write_report(folder: Path) -> Path:
 
     Raises ValueError where there is no plan, and for a run whose results cannot be read.
     """
-    plan, runs = comparison.read(folder)
-    found, spent = comparison.tabulated(plan, runs), comparison.costs(plan, runs)
+    plan, runs = tabulation.read(folder)
+    found, spent = tabulation.tabulated(plan, runs), tabulation.costs(plan, runs)
     write_json(folder / TABLE, found)
     write_json(folder / COSTS, spent)
     _write(folder / ALL, [f"# {plan.recipe}: every measurement", *_settings(found, list(_names(found)))])
@@ -47,7 +48,7 @@ def write_report(folder: Path) -> Path:
         *([] if plan.kind == "comparison" else _settings(found, found["main"])),
         *_figures(plan, runs, found, tests, folder),
         _signal_to_noise(folder),
-        _costs(spent, comparison.machines(runs)),
+        _costs(spent, tabulation.machines(runs)),
         _what_ran(plan),
     ]
     return _write(folder / REPORT, parts)
@@ -76,9 +77,9 @@ def _summary(plan: Plan, runs: Sequence[Run]) -> str:
 
 def _unmeasured(runs: Sequence[Run], folder: Path) -> str:
     parts = []
-    for name, lines in comparison.unmeasured(runs, folder).items():
+    for name, lines in tabulation.unmeasured(runs, folder).items():
         parts.append(f"`{name}`" + (f" ended with:\n\n```\n{chr(10).join(lines)}\n```" if lines else ": not started"))
-    strangers = comparison.strangers(runs, folder)
+    strangers = tabulation.strangers(runs, folder)
     text = "## Runs without results\n\nThey are in no table.\n\n" + "\n\n".join(parts) if parts else ""
     left = f"Runs of an earlier plan, in no table: {', '.join(f'`{name}`' for name in strangers)}." if strangers else ""
     return "\n\n".join(part for part in (text, left) if part)
@@ -158,21 +159,21 @@ def _what_ran(plan: Plan) -> str:
 def _figures(plan: Plan, runs: Sequence[Run], found: Mapping[str, Any], tests: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[str]:
     place = folder / FIGURES
     if plan.kind == "ablation" and tests:
-        comparison_figures.differences(place / "differences.png", tests, against=plan.against)
+        figures.differences(place / "differences.png", tests, against=plan.against)
         yield _picture("Differences", "differences.png")
-    for keyword, rest in comparison.curves(plan, found).items():
+    for keyword, rest in tabulation.curves(plan, found).items():
         for setting, panels in rest.items():
             name = f"against-{cells.slug(keyword)}{f'-{cells.slug(setting)}' if setting else ''}.png"
-            comparison_figures.curves(place / name, panels, x=keyword)
+            figures.curves(place / name, panels, x=keyword)
             yield _picture(f"Over {keyword}{f' ({setting})' if setting else ''}", name)
-    if lines := comparison.by_inputs(found):
+    if lines := tabulation.by_inputs(found):
         panels = {setting or "cross coherence": line for setting, line in lines.items()}
-        ceilings = {setting or "cross coherence": ceiling for setting, ceiling in comparison.ceilings(runs).items()}
-        comparison_figures.curves(place / "by-inputs.png", panels, x="modalities given", ceilings=ceilings)
+        ceilings = {setting or "cross coherence": ceiling for setting, ceiling in tabulation.ceilings(runs).items()}
+        figures.curves(place / "by-inputs.png", panels, x="modalities given", ceilings=ceilings)
         yield _picture("Cross coherence against the number of modalities given", "by-inputs.png")
-    for setting, pictures in comparison.grouped(runs, str(GRID)).items():
+    for setting, pictures in tabulation.grouped(runs, str(GRID)).items():
         name = f"cross-generation{f'-{cells.slug(setting)}' if setting else ''}.png"
-        comparison_figures.side_by_side(place / name, pictures, title=setting)
+        figures.side_by_side(place / name, pictures, title=setting)
         yield _picture(f"Cross generation{f', {setting}' if setting else ''}: the first seed of each model, the same rows", name)
 
 
@@ -181,7 +182,7 @@ def _signal_to_noise(folder: Path) -> str:
     if not path.is_file():
         return ""
     held = json.loads(path.read_text(encoding="utf-8"))
-    comparison_figures.signal_to_noise(folder / FIGURES / "signal-to-noise.png", held["entries"])
+    figures.signal_to_noise(folder / FIGURES / "signal-to-noise.png", held["entries"])
     whole = [entry for entry in held["entries"] if entry["network"] == signal_to_noise.WHOLE]
     lines = [
         [e["samples"], "stopped" if e["stop_gradient"] else "kept", f"{e['pooled']:.3f}", f"{e['coordinates']:.3f}", f"{e['floor']:.3f}"]

@@ -25,9 +25,10 @@ from typing import IO, Literal, NamedTuple
 
 from rich.console import Console
 
-from meme_dist import cells, record, supervise
-from meme_dist.cells import Cell, Plan
-from meme_dist.comparison import LOGS, RUNS, measured
+from meme_dist import record, supervise
+from meme_dist.compare import cells
+from meme_dist.compare.cells import Cell, Plan
+from meme_dist.compare.tabulation import LOGS, RUNS, measured
 from meme_dist.data.index import Manifest
 from meme_dist.report import REPORT
 from meme_dist.run import DATA

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from meme_dist import figures
-from meme_dist.comparison import Line
+from meme_dist.compare.tabulation import Line
 from meme_dist.figures import COLOURS, INK
 
 WIDE = 3  # panels beside each other

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from meme_dist import cells, cost, record
-from meme_dist.cells import Cell, Plan
+from meme_dist import cost, record
+from meme_dist.compare import cells
+from meme_dist.compare.cells import Cell, Plan
 from meme_dist.evaluate import flatten
 from meme_dist.metrics.intervals import Estimate, over_runs
 from meme_dist.metrics.paired import Paired, holm, paired
