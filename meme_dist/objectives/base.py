@@ -94,8 +94,9 @@ class Objective(nn.Module, ABC):
 
     def private_prior(self, name: str) -> Diagonal:
         """p(w) of a modality's own latents [P]: a standard density."""
-        like = next(self.parameters()).new_zeros(self.modality(name).private_dim, dtype=torch.float32)
-        return self.family(like, torch.ones_like(like))
+        device = next(self.parameters()).device  # and nothing else of a parameter: engines shard those
+        mean = torch.zeros(self.modality(name).private_dim, device=device)
+        return self.family(mean, torch.ones_like(mean))
 
     def private_posterior(self, name: str, rows: int, given: Batch | None) -> Diagonal:
         """q(w | x) [B, P] of a modality's own latents in the rows of `given` that hold it, and their prior in all others."""

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import itertools
 import math
+import os
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from meme_dist.train.trainer import Trainer, Training
 from meme_dist.types import Batch, pack, pack_dense
 from tests.objectives import test_meme as meme
 from tests.ranks import run_ranks
+from tests.test_engines import launched, needs
 from tests.trainings import Rows, mixed
 
 EVENT, D = 3, 2
@@ -98,7 +100,7 @@ def objectives() -> dict[str, type[Objective]]:
     """Every objective of the package that can be built, by name."""
     for module in pkgutil.iter_modules(meme_dist.objectives.__path__):
         importlib.import_module(f"meme_dist.objectives.{module.name}")
-    return {c.__name__: c for c in _below(Objective) if not inspect.isabstract(c) and c.__module__.startswith("meme_dist.")}
+    return {c.__name__: c for c in _below(Objective) if not inspect.isabstract(c) and c.__module__.startswith("meme_dist.objectives.")}
 
 
 def _below(kind: type) -> Iterator[type]:
@@ -343,8 +345,9 @@ def test_inference_is_a_density_for_every_pattern(kind: Any, case: Case, family:
         torch.testing.assert_close(integral, torch.ones(len(rows)).double(), rtol=0, atol=1e-4)
 
 
-def one_step(rank: int, world: int, names: Sequence[str]) -> list[tuple[np.ndarray, dict[str, float]]]:
+def one_step(rank: int, world: int, names: Sequence[str], engine: str) -> list[tuple[np.ndarray, dict[str, float]]]:
     """For each objective the gradient of one optimiser step (first moment / (1 - beta)), and its terms."""
+    os.environ.update(launched(engine))
     results = []
     for name in names:
         torch.manual_seed(0)
@@ -355,7 +358,7 @@ def one_step(rank: int, world: int, names: Sequence[str]) -> list[tuple[np.ndarr
         stream = Rows(NAMES, mixed(NAMES, 12), batch_size=12, rank=rank, world=world)
         trainer = Trainer(objective, stream, Training(steps=1, batch_size=12))
         (report,) = list(trainer)
-        moments = [trainer.engine.optimizer.state[p]["exp_avg"].flatten() for p in objective.parameters()]
+        moments = [trainer.engine.moments(path)["exp_avg"].flatten() for path in trainer.engine.names()]
         results.append((torch.cat(moments).numpy() / 0.1, {"loss": report.loss, **report.terms}))
     return results
 
@@ -366,11 +369,13 @@ def _sized(event: int, private: int) -> Modality:
     return Modality(encoder=nn.Linear(event, 2 * size), decoder=nn.Linear(size, event), likelihood=Normal(0.5), **keywords)
 
 
-def test_two_ranks_make_the_step_of_one_process() -> None:
-    """All objectives in one start of two gloo processes; more ranks, micro batches and engines: test_distributed.py."""
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_two_ranks_make_the_step_of_one_process(engine: str) -> None:
+    """All objectives in one start of two gloo processes; more ranks, micro batches and engines: test_engines.py."""
+    needs(engine)
     names = list(TABLE)
-    expected = one_step(0, 1, names)
-    for came in run_ranks(one_step, 2, names):
+    expected = one_step(0, 1, names, "ddp")
+    for came in run_ranks(one_step, 2, names, engine):
         for name, (moments, terms), (true, true_terms) in zip(names, came, expected, strict=True):
             assert np.abs(moments - true).max() < 1e-5 * np.abs(true).max(), name
             assert terms == pytest.approx(true_terms, rel=1e-5, abs=1e-6), name
