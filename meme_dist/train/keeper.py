@@ -58,11 +58,16 @@ class Keeper:
 
     def _agree(self) -> None:
         problem, self._problem = self._problem, None
-        failed = self.reduce(torch.tensor(float(problem is not None))).item()
+        if not self.reduce(torch.tensor(float(problem is not None))).item():
+            return
+        said: list[Any] = [str(problem) if problem is not None else None]
+        if self.world > 1:  # each rank says it: one that ends first may have the others ended before they can
+            said *= self.world
+            torch.distributed.all_gather_object(said, said[0])
         if problem is not None:
             raise problem
-        if failed:
-            raise OSError(f"{self._folder}: another rank could not write this checkpoint; its message says why")
+        rank, why = next((rank, why) for rank, why in enumerate(said) if why is not None)
+        raise OSError(f"{self._folder}: rank {rank} could not write this checkpoint: {why}")
 
     def _begin(self, folder: Path) -> None:
         self._saves += 1
