@@ -64,14 +64,17 @@ def test_a_gradient_of_meme_is_measured_for_every_k_with_and_without_the_weights
 def test_a_training_counts_its_own_time_and_the_memory_since_it_began(tmp_path: Path) -> None:
     before = torch.ones(40_000_000)  # 160 MB that are gone before the training
     del before
+    began = time.perf_counter()
     meter = Meter()
     with meter.paused():
         time.sleep(0.2)
     held = torch.ones(10_000_000)
     meter.write(tmp_path, step=3, parameters=7)
+    took = time.perf_counter() - began
     meter.write(tmp_path, step=4, parameters=7)
     first, second = (json.loads(line) for line in (tmp_path / cost.FILE).read_text().splitlines())
-    assert first["step"] == 3 and first["parameters"] == 7 and 0 <= first["cpu_seconds"] <= first["seconds"] + 0.1 < 0.2
+    assert first["step"] == 3 and first["parameters"] == 7 and first["cpu_seconds"] >= 0
+    assert 0 < first["seconds"] <= took - 0.2
     assert second["seconds"] >= first["seconds"] and first["device_peak_bytes"] is None or torch.cuda.is_available()
     resident = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     assert held.nbytes < resident <= first["peak_bytes"] + 2**20 < resident + 100e6
