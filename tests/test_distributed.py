@@ -244,8 +244,13 @@ def test_three_ranks_resume_bit_by_bit_each_with_its_own_random_state(tmp_path: 
         assert whole[rank][1] == first[rank][1] + second[rank][1]
         assert whole[rank][2] == second[rank][2]
     assert len({result[2] for result in whole}) == 3
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
-    assert [without_speed(log) for log in logs[0].splitlines()] == [without_speed(log) for log in logs[1].splitlines()]
+    whole_log, parts_log = (logged(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert whole_log == parts_log and len(whole_log) == 6
+
+
+def logged(path: Path) -> list[str]:
+    """The lines of the log but for what a busy machine changes: speeds, and who is named a straggler."""
+    return [without_speed(line) for line in path.read_text().splitlines() if "straggler" not in line]
 
 
 def without_speed(line: str) -> str:
