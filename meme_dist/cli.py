@@ -12,7 +12,7 @@ from rich.console import Console
 
 from meme_dist import __version__
 from meme_dist.data_commands import doctor, recipes, shards
-from meme_dist.flags import PROGRAM, chosen, recipe_flags
+from meme_dist.flags import PROGRAM, chosen, recipe_flags, value_of
 from meme_dist.run_commands import evaluate, export, generate, impute
 
 TRACEBACK = "MEME_DIST_TRACEBACK"  # set it to see where an error came from
@@ -126,7 +126,7 @@ def _recipe_and_defaults(words: list[str]) -> tuple[str, Mapping[str, Any]]:
     from meme_dist.stored import arguments_of
 
     given = None if words[0].startswith("-") else chosen(words[0], list(RECIPES), "recipe", f"{PROGRAM} recipes")
-    earlier = _value_of("--resume", words) or _value_of("--like", words)
+    earlier = value_of("--resume", words) or value_of("--like", words)
     if earlier is None:
         if given is None:
             raise ValueError(f"train: which recipe? {PROGRAM} train RECIPE ..., with one of {', '.join(RECIPES)}")
@@ -135,12 +135,3 @@ def _recipe_and_defaults(words: list[str]) -> tuple[str, Mapping[str, Any]]:
     if given not in (None, name):
         raise ValueError(f"{earlier}: is a run of recipe {name!r}, not of {given!r}; leave the recipe out, or start a new run: --run NAME")
     return name, arguments
-
-
-def _value_of(flag: str, words: Sequence[str]) -> str | None:
-    for place, word in enumerate(words):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and place + 1 < len(words):
-            return words[place + 1]
-    return None

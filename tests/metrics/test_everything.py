@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from meme_dist.objectives.meme import MEME
 from meme_dist.tables import on_screen, tables
 from meme_dist.types import Batch, pack_dense
 from tests.ranks import run_ranks
+from tests.test_inference import leaves
 
 VOCABULARY = ("<pad>", "<unk>", "<eos>", *"abcdefg")
 FIELDS = {
@@ -99,14 +99,6 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     arguments = {"train": mine, "test": mine, "fields": FIELDS, "classes": CLASSES, "classifiers": judges, "measures": ALL}
     embedders = {"image": lambda x: judges["image"].features(x)[:, :6]}  # fewer than there are rows
     return measure(objective(), **arguments, embedders=embedders, reduce=add if world > 1 else alone, rank=rank, world=world).results
-
-
-def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list):
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(part, f"{place}/{name}")
-    else:
-        yield place, value
 
 
 @pytest.fixture(scope="module")
