@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from meme_dist import record
+from meme_dist.flags import value_of
 from meme_dist.train.signals import ECHO, EXITS, SAVED, told
 
 JOURNAL = "supervisor.jsonl"
@@ -70,7 +71,7 @@ class Attempt(NamedTuple):
 
 def run_of(command: Sequence[str]) -> str:
     """The run that a command trains, from its `--resume` or `--run`. Raises ValueError where it has neither."""
-    name = _value_of("--resume", command) or _value_of("--run", command)
+    name = value_of("--resume", command) or value_of("--run", command)
     if name is None:
         raise ValueError("supervise: the command names no run, so it could not be resumed; add --run NAME to it")
     return name
@@ -88,7 +89,7 @@ def resuming(command: Sequence[str], folder: Path) -> list[str]:
     """The command as it goes on: with `--resume` of its run, where that exists and the command does not say so already."""
     words = list(command)
     begun = (folder / record.FILE).is_file()
-    return [*words, "--resume", run_of(words)] if begun and _value_of("--resume", words) is None else words
+    return [*words, "--resume", run_of(words)] if begun and value_of("--resume", words) is None else words
 
 
 def progress(folder: Path) -> int:
@@ -262,15 +263,6 @@ def _send(process: int, number: int) -> None:
         os.kill(process, number)
     except ProcessLookupError:
         pass
-
-
-def _value_of(flag: str, words: Sequence[str]) -> str | None:
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag:
-            return following
-    return None
 
 
 def _step_of(state: Path) -> int:
