@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from meme_dist.metrics.rows import Classify, Metric, add_up, device_of, holds, joined, labelled, noise_of, share
+from meme_dist.metrics.rows import Classify, Metric, add_up, device_of, holds, joined, labelled, noise_of, share, shown
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Sums
@@ -93,8 +93,14 @@ def _from_sources(
     label, row = batch.label[counted] if batch.label is not None else batch.draw[:0], batch.draw[counted]
     hits = {name: torch.zeros(0, dtype=torch.bool, device=row.device) for name in classifiers}
     if len(label):  # no decoder sees an empty batch
-        z = objective.infer(batch.only(*sources)).sample(noise_of(batch), f"coherence/{joined(sources)}", 1)[0, counted]
-        hits = {name: _shown(objective, name, classify, z) == label.to(z.device) for name, classify in classifiers.items()}
+        given, purpose = batch.only(*sources), f"coherence/{joined(sources)}"
+        z = objective.infer(given).sample(noise_of(batch), purpose, 1)
+        for name, classify in classifiers.items():
+            if name in sources:  # it knows its own latents
+                made = shown(objective, name, z, noise_of(batch), purpose, given=given)[0, counted]
+            else:
+                made = shown(objective, name, z[:, counted], Noise(batch.seed, row), purpose)[0]
+            hits[name] = classify(made) == label.to(z.device)
     found = {cross_key(sources, name): share(right) for name, right in hits.items()}
     if groups:
         found |= {f"{cross_key(sources, name)}/groups": _by_group(right, row[: len(right)], groups) for name, right in hits.items()}
@@ -126,9 +132,10 @@ def joint_coherence(
     draws = torch.arange(rank, num, world, device=device_of(objective))
     totals: dict[str, Sums] = {name: add_up(draws[:0].double()) for name in ("joint_coherence/all", *map(joint_key, _pairs(classifiers)))}
     for draw in draws.split(chunk) if len(draws) else ():  # more ranks than draws: no decoder sees an empty batch
-        z = prior.sample(Noise(seed, draw), "joint coherence", 1)[0]
-        shown = {name: _shown(objective, name, classify, z) for name, classify in classifiers.items()}
-        for key, sums in _agreement(shown).items():
+        noise = Noise(seed, draw)
+        z = prior.sample(noise, "joint coherence", 1)
+        named = {name: classify(shown(objective, name, z, noise, "joint coherence")[0]) for name, classify in classifiers.items()}
+        for key, sums in _agreement(named).items():
             totals[key] = Sums(totals[key].total + sums.total, totals[key].count + sums.count)
     return totals
 
@@ -142,14 +149,10 @@ def _pairs(names: Mapping[str, Classify]) -> list[tuple[str, str]]:
     return list(combinations(names, 2))
 
 
-def _agreement(shown: Mapping[str, Int[Tensor, " R"]]) -> dict[str, Sums]:
-    stacked = torch.stack(list(shown.values()))
-    pairs = {joint_key((a, b)): share(shown[a] == shown[b]) for a, b in combinations(shown, 2)}
+def _agreement(named: Mapping[str, Int[Tensor, " R"]]) -> dict[str, Sums]:
+    stacked = torch.stack(list(named.values()))
+    pairs = {joint_key((a, b)): share(named[a] == named[b]) for a, b in combinations(named, 2)}
     return {"joint_coherence/all": share((stacked == stacked[0]).all(0)), **pairs}
-
-
-def _shown(objective: Objective, name: str, classify: Classify, z: Float[Tensor, "R D"]) -> Int[Tensor, " R"]:
-    return classify(objective.modality(name).reconstruct(z))
 
 
 def classifier_accuracy(classifiers: Mapping[str, Classify]) -> Metric:

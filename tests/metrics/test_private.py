@@ -13,6 +13,7 @@ from meme_dist.distributions import Components, DiagNormal
 from meme_dist.evaluate import evaluate, values
 from meme_dist.likelihoods import Normal
 from meme_dist.metrics import Query, evaluating, log_likelihood, mean
+from meme_dist.metrics.coherence import cross_coherence, joint_coherence
 from meme_dist.metrics.imputation import imputation
 from meme_dist.metrics.rows import shown
 from meme_dist.modality import Modality
@@ -79,3 +80,21 @@ def test_a_reconstruction_knows_its_own_latents_where_the_data_are_given() -> No
         z = objective.infer(batch.only("x0")).sample(noise, "z", 1)
         blind, seeing = (shown(objective, "x0", z, noise, "w", given=given)[0] for given in (None, batch))
     assert float((seeing - x["x0"]).square().mean()) < 0.7 * float((blind - x["x0"]).square().mean())
+
+
+def test_coherence_knows_own_latents_of_a_source_and_no_others() -> None:
+    """The class is the sign of x0's own latent: its reconstruction shows it, one from x1 shows it by chance, and so do joint draws."""
+    batch, x = data(2000, seed=3)
+    coordinate = torch.linalg.pinv(TRUTH.weight["x0"])[1].float()
+
+    def sign(values: torch.Tensor) -> torch.Tensor:
+        return ((values - TRUTH.bias["x0"].float()) @ coordinate > 0).long()
+
+    batch, objective = batch._replace(label=sign(x["x0"])), model()
+    metric = cross_coherence({"x0": sign}, [("x0",), ("x1",)], own=True)
+    found = values(evaluate(objective, [batch], [metric]))
+    assert found["cross_coherence/x0>x0"] > 0.75
+    assert abs(found["cross_coherence/x1>x0"] - 0.5) < 0.05
+    with evaluating(objective):
+        drawn = values(joint_coherence(objective, {"x0": sign, "x1": lambda x: torch.zeros(len(x), dtype=torch.long)}, num=2000))
+    assert abs(drawn["joint_coherence/all"] - 0.5) < 0.05
