@@ -226,11 +226,13 @@ def test_what_is_better_and_what_is_shown() -> None:
 def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() -> None:
     coherence = [(["a"], "b", 0.2), (["b"], "a", 0.4), (["a", "b"], "c", 0.9), (["c"], "c", 1.0)]
     likelihood = [(["a"], [], 9, 0.0), (["a", "b"], [], 1, -2.0), (["a", "b"], [], 9, -1.0), (["a", "b"], ["c"], 9, 3.0)]
+    likelihood += [(["a"], ["b"], 9, -4.0), (["b"], ["a", "c"], 9, -2.0), (["b"], ["a"], 1, -90.0)]
     results = {
         "cross_coherence": [{"sources": s, "target": t, "value": v} for s, t, v in coherence],
         "log_likelihood": [{"targets": t, "given": g, "samples": k, "value": v} for t, g, k, v in likelihood],
     }
-    assert tabulation.derived(results) == {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0}
+    expected = {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0, "log_likelihood/conditional": -3.0}
+    assert tabulation.derived(results) == expected
 
 
 # ---- running, with processes that only pretend to train ------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def _json(path: Path) -> dict[str, Any]:
 def derived(results: Mapping[str, Any]) -> dict[str, float]:
     """Means that stand for many numbers: over targets and single sources for coherences, latents and Frechet distances.
 
-    `log_likelihood/joint` is that of the row's modalities together, at the largest K.
+    `log_likelihood/joint` is that of the row's modalities together, and `log_likelihood/conditional` the mean of log p(target | sources) over
+    single targets and all sets of sources that were asked for; both at the largest K.
     """
     single = [e for e in results.get("cross_coherence", []) if len(e["sources"]) == 1 and e["target"] not in e["sources"]]
     made = [e for e in results.get("frechet", []) if e["from"] == "sources" and len(e["sources"]) == 1 and e["target"] not in e["sources"]]
@@ -91,6 +92,10 @@ def derived(results: Mapping[str, Any]) -> dict[str, float]:
     if joint:
         widest = max(joint, key=lambda entry: (len(entry["targets"]), entry["samples"]))
         found["log_likelihood/joint"] = widest["value"]
+    given = [e for e in results.get("log_likelihood", []) if e["given"] and len(e["targets"]) == 1]
+    if given:
+        most = max(entry["samples"] for entry in given)
+        found["log_likelihood/conditional"] = _mean([entry["value"] for entry in given if entry["samples"] == most])
     return {name: value for name, value in found.items() if value is not None}
 
 
