@@ -2,7 +2,7 @@
 
 import tyro
 
-from benchmarks import estimators, faults, kernels, modality_parallel, peers, references, scaling, step, stream
+from benchmarks import estimators, faults, graphs, kernels, modality_parallel, peers, references, scaling, step, stream
 
 MAINS = {
     "kernels": kernels.main,
@@ -14,6 +14,7 @@ MAINS = {
     "faults": faults.main,
     "references": references.main,
     "peers": peers.main,
+    "graphs": graphs.main,
 }
 
 if __name__ == "__main__":

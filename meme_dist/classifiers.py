@@ -119,7 +119,7 @@ def small_network(field: Field, classes: int) -> nn.Module:
         return _Text(len(field.vocabulary), classes)
     size = int(torch.Size(field.shape).numel())
     scale = nn.BatchNorm1d(size, affine=False)  # features come in any unit
-    count = [_Log1p()] if field.kind == "counts" else []
+    count = [_Log1p()] if field.kind in ("counts", "graph") else []
     return nn.Sequential(nn.Flatten(), *count, scale, nn.Linear(size, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, classes))
 
 

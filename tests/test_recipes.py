@@ -32,6 +32,8 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "cub": {"source": cub_files(Path(BIRDS.name))},
     "tcga": {"source": Path("nowhere")},
     "citeseq": {"source": Path("nowhere")},
+    "enas": {"source": Path("nowhere")},
+    "asia": {"source": Path("nowhere")},
 }
 FIELDS = {
     "photo": Field(kind="image", shape=(3, 20, 17), codec="png", likelihood="laplace"),
@@ -40,12 +42,16 @@ FIELDS = {
     "clicks": Field(kind="counts", shape=(3, 2), codec="npy", likelihood="poisson"),
     "views": Field(kind="vector", shape=(7,), codec="npy", likelihood="normal"),
     "flags": Field(kind="vector", shape=(5,), codec="npy", likelihood="bernoulli"),
+    "plan": Field(kind="graph", shape=(4, 5), codec="npy", likelihood="categorical", vocabulary=("in", "out")),
     "words": Field(kind="text", shape=(6,), codec="txt", likelihood="categorical", vocabulary=("<pad>", "<unk>", "<eos>", "a", "b")),
 }
 
 
 def data_of(field: Field, rows: int) -> torch.Tensor:
     """Random rows as they come out of a shard."""
+    if field.kind == "graph":
+        token = torch.randint(1, 1 + len(field.vocabulary), (rows, field.shape[0], 1))
+        return torch.cat([token, torch.ones(rows, field.shape[0], field.shape[0], dtype=torch.int64).tril()], -1)
     if field.kind == "text":
         return torch.randint(0, len(field.vocabulary), (rows, *field.shape))
     if field.kind == "counts":

@@ -22,7 +22,9 @@ from jaxtyping import Shaped
 from PIL import Image
 from torch import Tensor
 
-Kind = Literal["image", "vector", "counts", "text"]
+from meme_dist.modalities import graph_codec
+
+Kind = Literal["image", "vector", "counts", "text", "graph"]
 Codec = Literal["npy", "png", "txt"]
 Likelihood = Literal["normal", "laplace", "bernoulli", "categorical", "poisson", "negative_binomial"]
 
@@ -30,15 +32,16 @@ SPECIAL = ("<pad>", "<unk>", "<eos>")  # token ids 0, 1 and 2 of every vocabular
 PAD, UNKNOWN, END = range(3)
 LARGEST_COUNT = 2**24  # the last integer up to which float32 is exact
 
-_CODECS = {"image": ("npy", "png"), "vector": ("npy",), "counts": ("npy",), "text": ("txt",)}
+_CODECS = {"image": ("npy", "png"), "vector": ("npy",), "counts": ("npy",), "text": ("txt",), "graph": ("npy",)}
 _LIKELIHOODS = {
     "image": ("normal", "laplace", "bernoulli"),
     "vector": ("normal", "laplace", "bernoulli"),
     "counts": ("poisson", "negative_binomial"),
     "text": ("categorical",),
+    "graph": ("categorical",),
 }
-_STORED = {"image": (torch.uint8, "|u1"), "vector": (torch.float32, "<f4"), "counts": (torch.int32, "<i4")}
-_DIMENSIONS = {"image": (3,), "text": (1,)}  # vectors and counts may have any number
+_STORED = {"image": (torch.uint8, "|u1"), "vector": (torch.float32, "<f4"), "counts": (torch.int32, "<i4"), "graph": (torch.int64, "<i4")}
+_DIMENSIONS = {"image": (3,), "text": (1,), "graph": (2,)}  # vectors and counts may have any number
 _MODES = {1: "L", 3: "RGB"}  # of a png, by the number of channels
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 Buffer = bytes | bytearray | memoryview
@@ -48,7 +51,8 @@ Buffer = bytes | bytearray | memoryview
 class Field:
     """How one modality is stored, read and modelled.
 
-    `shape` is that of the decoded tensor: (C, H, W) for an image, (T,) token ids for text. A member of the tar is called
+    `shape` is that of the decoded tensor: (C, H, W) for an image, (T,) token ids for text, (G, 1 + G) for a graph of at most G vertices
+    (`meme_dist.modalities.graph_codec`). A member of the tar is called
     `KEY.MODALITY.CODEC`. Raises ValueError where kind, shape, codec, likelihood and vocabulary do not fit together.
     """
 
@@ -56,7 +60,7 @@ class Field:
     shape: tuple[int, ...]
     codec: Codec
     likelihood: Likelihood
-    vocabulary: tuple[str, ...] = ()  # text only; starts with "<pad>", "<unk>", "<eos>"
+    vocabulary: tuple[str, ...] = ()  # of text, starting with "<pad>", "<unk>", "<eos>"; the vertex types of a graph
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -68,9 +72,9 @@ class Field:
         _check_vocabulary(self)
 
     def encode(self, x: Shaped[Tensor, "*event"] | str) -> bytes:
-        """The bytes of one datum: uint8 [C, H, W], float32, whole numbers >= 0, or a sentence (or its token ids).
+        """The bytes of one datum: uint8 [C, H, W], float32, whole numbers >= 0, a graph's int64 array, a sentence (or its token ids).
 
-        Raises ValueError for a wrong type, shape or dtype, NaN or infinity, and counts that float32 cannot hold.
+        Raises ValueError for a wrong type, shape or dtype, NaN or infinity, counts that float32 cannot hold, and what is no graph.
         """
         if self.kind == "text":
             return self._sentence(x).encode()
@@ -86,7 +90,7 @@ class Field:
         return _to_png(array) if self.codec == "png" else self._layout[0] + array.astype(descr).tobytes()
 
     def decode(self, data: Buffer) -> Shaped[Tensor, "*event"]:
-        """One datum: an image as float32 in [0, 1], a vector or counts as float32, text as int64 [T] padded with 0.
+        """One datum: an image as float32 in [0, 1], a vector or counts as float32, text as int64 [T] padded with 0, a graph as int64.
 
         A sentence of T words or more keeps the first T and has no "<eos>". Raises ValueError as `encode` does.
         """
@@ -107,14 +111,14 @@ class Field:
             np.divide(array, np.float32(255), out=x.numpy())
             return x
         np.copyto(x.numpy(), array, casting="unsafe")
-        if self.kind == "vector":
+        if self.kind in ("vector", "graph"):
             self._check_values(x)
         return x
 
     @property
     def dtype(self) -> torch.dtype:
         """That of a decoded tensor."""
-        return torch.int64 if self.kind == "text" else torch.float32
+        return torch.int64 if self.kind in ("text", "graph") else torch.float32
 
     def to_json(self) -> dict[str, Any]:
         """Everything that a manifest has to keep; `from_json` inverts it."""
@@ -182,6 +186,8 @@ class Field:
             raise ValueError(f"expected numbers in [0, 1] for a bernoulli likelihood, got {float(x.min())} to {float(x.max())}")
         if self.kind == "counts" and ((x < 0) | (x > LARGEST_COUNT)).any():
             raise ValueError(f"expected counts from 0 to {LARGEST_COUNT}, got {int(x.min())} to {int(x.max())}")
+        if self.kind == "graph":
+            graph_codec.check(x.numpy(force=True).reshape(-1, *self.shape), len(self.vocabulary))
 
 
 def member_name(key: str, modality: str, field: Field) -> str:
@@ -208,17 +214,22 @@ def _check_shape(field: Field) -> None:
         raise ValueError(f"shape: expected positive sizes, got {field.shape}")
     if len(field.shape) not in _DIMENSIONS.get(field.kind, (len(field.shape),)):
         raise ValueError(f"shape of {field.kind}: expected {_DIMENSIONS[field.kind][0]} axes, got {field.shape}")
+    if field.kind == "graph" and field.shape[1] != 1 + field.shape[0]:
+        raise ValueError(f"shape of a graph: expected (G, 1 + G), got {field.shape}")
     if field.codec == "png" and field.shape[0] not in _MODES:
         raise ValueError(f"shape of a png: expected 1 or 3 channels first, got {field.shape}")
 
 
 def _check_vocabulary(field: Field) -> None:
     words = field.vocabulary
-    if field.kind != "text":
+    if field.kind not in ("text", "graph"):
         if words:
-            raise ValueError(f"vocabulary: only text has one, got {len(words)} words for {field.kind}")
+            raise ValueError(f"vocabulary: only text and graphs have one, got {len(words)} words for {field.kind}")
         return
-    if words[: len(SPECIAL)] != SPECIAL:
+    if field.kind == "graph":
+        if not words or {graph_codec.START, graph_codec.END} & set(words):
+            raise ValueError(f"vocabulary of a graph: expected its vertex types, without START and END, got {words[:8]}")
+    elif words[: len(SPECIAL)] != SPECIAL:
         raise ValueError(f"vocabulary: expected it to start with {SPECIAL}, got {words[: len(SPECIAL)]}")
     if len(set(words)) != len(words):
         raise ValueError("vocabulary: expected each word once")

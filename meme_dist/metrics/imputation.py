@@ -4,7 +4,8 @@ For a row that holds the sources S and the target j: z_k ~ q(z | x_S), K draws, 
 
     point estimate   mean over k of the likelihood's mean (tokens: the most probable word under the mean of the probabilities)
     rmse, mae        of the point estimate, over all elements of x_j (root of the mean over rows of the mean square)
-    accuracy         share of the target's words that the point estimate names, padding left out
+    accuracy         share of the target's words that the point estimate names, padding left out; of a graph's types and edges that the
+                     most probable graph at a draw has, over draws
     log_likelihood   log 1/K sum_k p(x_j | z_k) in nats a row: a lower bound in expectation (counts: their held-out likelihood)
     coverage, crps   of one x_k ~ p(x | z_k) for each z_k (`meme_dist.metrics.predictive`): intervals that hold the value as often as
                      they say are calibrated. For Normal, Laplace, Poisson and negative binomial likelihoods.
@@ -20,10 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from meme_dist.likelihoods import Categorical
+from meme_dist.likelihoods import Categorical, Likelihood
 from meme_dist.metrics.coherence import Sources
 from meme_dist.metrics.predictive import can_draw, covered, crps, draw, rank
 from meme_dist.metrics.rows import Metric, decoded, holds, joined, noise_of, with_square
+from meme_dist.modalities.graph import GraphLikelihood, agreement
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Sums
@@ -54,7 +56,7 @@ def imputation_key(pattern: Pattern, target: str, quantity: str) -> str:
 def quantities(objective: Objective, target: str) -> list[str]:
     """What is measured of a target, by its likelihood."""
     likelihood = objective.modality(target).likelihood
-    if isinstance(likelihood, Categorical):
+    if isinstance(likelihood, Categorical | GraphLikelihood):
         return ["accuracy", "log_likelihood"]
     calibration = ["crps", *(f"coverage@{level}" for level in LEVELS)] if can_draw(likelihood) else []
     return ["squared_error", "absolute_error", "log_likelihood", *calibration]
@@ -112,14 +114,23 @@ def _scores(
     for number, part in enumerate(z.split(CHUNK)):
         params = decoded(objective, target, part, noise, f"{purpose}/{number}")
         log_prob.append(likelihood.log_prob(x, params).double())
-        point = _probabilities(params, likelihood.padding) if isinstance(likelihood, Categorical) else likelihood.mean(params)
+        point = _point(likelihood, params, x)
         total = point.sum(0) if total is None else total + point.sum(0)
         made += [draw(likelihood, params, noise, f"{purpose}/{number}")] if sampled else []
     assert total is not None
     scores = {"log_likelihood": torch.cat(log_prob).logsumexp(0) - math.log(len(z))}
     if isinstance(likelihood, Categorical):
         return scores | {"accuracy": _accuracy(total.argmax(-1), x, likelihood.padding)}
+    if isinstance(likelihood, GraphLikelihood):
+        return scores | {"accuracy": total.double() / len(z)}
     return scores | _errors(total / len(z), x) | (_calibration(torch.cat(made), x, noise, purpose) if sampled else {})
+
+
+def _point(likelihood: Likelihood, params: Float[Tensor, "K R *outputs"], x: Shaped[Tensor, "R *event"]) -> Float[Tensor, "K R *values"]:
+    """What is averaged over draws."""
+    if isinstance(likelihood, GraphLikelihood):
+        return agreement(likelihood.mean(params), x)
+    return _probabilities(params, likelihood.padding) if isinstance(likelihood, Categorical) else likelihood.mean(params)
 
 
 def _probabilities(params: Float[Tensor, "K R T V"], padding: int) -> Float[Tensor, "K R T V"]:

@@ -5,11 +5,14 @@ A name `recipe:setting` is the same function with other defaults, and so is `dig
 
 from collections.abc import Callable, Mapping
 
+from meme_dist.recipes.asia import asia
 from meme_dist.recipes.auto import auto
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.citeseq import citeseq
 from meme_dist.recipes.cub import cub
+from meme_dist.recipes.dags import dags
 from meme_dist.recipes.digits import digits
+from meme_dist.recipes.enas import enas
 from meme_dist.recipes.keywords import with_defaults
 from meme_dist.recipes.linear_gaussian import linear_gaussian
 from meme_dist.recipes.mfeat import mfeat
@@ -55,5 +58,8 @@ RECIPES: Mapping[str, Callable[..., Recipe]] = {
     "cub": cub,
     "tcga": tcga,
     "citeseq": citeseq,
+    "enas": enas,
+    "asia": asia,
+    "dags": dags,
     "linear_gaussian": linear_gaussian,
 }

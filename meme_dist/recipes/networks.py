@@ -6,6 +6,8 @@ from math import prod
 from meme_dist.data.fields import PAD, Field
 from meme_dist.distributions import Diagonal
 from meme_dist.likelihoods import Bernoulli, Laplace, Likelihood, NegativeBinomial, Normal, Poisson
+from meme_dist.modalities.graph import graph
+from meme_dist.modalities.graph_types import Embedding
 from meme_dist.modalities.image import conv
 from meme_dist.modalities.text import conv_text
 from meme_dist.modalities.vector import mlp
@@ -14,6 +16,7 @@ from meme_dist.recipes.base import Model
 
 SMALLEST_CONV = 16  # pixels: below it a perceptron sees the whole image at once for less
 SMALL_VOCABULARY = 100
+TYPE_WIDTH = 16  # of a vertex type's vector
 
 
 def modalities_for(fields: Mapping[str, Field], model: Model, *, scale: float) -> dict[str, Modality]:
@@ -26,12 +29,15 @@ def modalities_for(fields: Mapping[str, Field], model: Model, *, scale: float) -
 
 
 def modality_for(field: Field, *, latent_dim: int, family: type[Diagonal], weight: float = 1.0, scale: float = 1.0) -> Modality:
-    """Images of 16 pixels and more: convolutions down to about 4; text: convolutions over tokens; all else: a perceptron.
+    """Images of 16 pixels and more: convolutions down to about 4; text: convolutions over tokens; graphs: messages; all else: a perceptron.
 
     Images have a fixed scale (their pixels have a known unit), vectors learn theirs, starting from `scale`.
     """
     if field.kind == "text":
         return _text(field, latent_dim=latent_dim, family=family, weight=weight)
+    if field.kind == "graph":
+        types = Embedding(len(field.vocabulary), TYPE_WIDTH)
+        return graph(field.shape[0], types=types, latent_dim=latent_dim, family=family, weight=weight)
     likelihood, image = _likelihood(field, scale), field.kind == "image"
     bounded = image and field.likelihood != "bernoulli"
     if image and min(field.shape[1:]) >= SMALLEST_CONV:
@@ -82,7 +88,7 @@ def _likelihood(field: Field, scale: float) -> Likelihood:
         case "negative_binomial":
             return NegativeBinomial(field.shape)
         case "categorical":
-            raise ValueError(f"{field.kind} with a categorical likelihood: only text has one")
+            raise ValueError(f"{field.kind} with a categorical likelihood: only text and graphs have one")
 
 
 def _channels(smallest: int) -> tuple[int, ...]:

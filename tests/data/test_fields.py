@@ -318,13 +318,13 @@ def test_data_that_do_not_fit_are_refused_before_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sound", (1,), "npy", "normal"), "kind: expected one of image, vector, counts, text, got 'sound'"),
+        (("sound", (1,), "npy", "normal"), "kind: expected one of image, vector, counts, text, graph, got 'sound'"),
         (("vector", (1,), "png", "normal"), "codec of vector: expected one of npy, got 'png'"),
         (("image", (1, 2, 2), "npy", "poisson"), "likelihood of image: expected one of normal, laplace, bernoulli, got 'poisson'"),
         (("image", (28, 28), "npy", "normal"), r"expected 3 axes, got \(28, 28\)"),
         (("vector", (0,), "npy", "normal"), r"expected positive sizes, got \(0,\)"),
         (("image", (2, 4, 4), "png", "normal"), "expected 1 or 3 channels first"),
-        (("vector", (1,), "npy", "normal", ("a",)), "only text has one"),
+        (("vector", (1,), "npy", "normal", ("a",)), "only text and graphs have one"),
         (("text", (4,), "txt", "categorical", ("a", "b")), "expected it to start with"),
         (("text", (4,), "txt", "categorical", (*SPECIAL, "a", "a")), "each word once"),
         (("text", (4,), "txt", "categorical", (*SPECIAL, "a b")), "without white space, got 'a b'"),

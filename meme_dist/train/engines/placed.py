@@ -27,7 +27,8 @@ class Placed(TorchEngine):
     name = "modality"
 
     def __init__(self, objective: nn.Module, training: Training, device: torch.device, *, world: int):
-        if buffers := [name for name, _ in objective.named_buffers()]:
+        kept = objective.state_dict()  # without constants, which are buffers that no checkpoint holds
+        if buffers := [name for name, _ in objective.named_buffers() if name in kept]:
             raise ValueError(f"{', '.join(buffers[:5])}: modality parallelism cannot keep running statistics; use group or layer norm")
         self.objective, self.layout = objective, layout_of(objective)
         self._replica = Replica(objective, device, training.precision)

@@ -1,0 +1,52 @@
+"""Made-up graphs of many vertex types, and a value of each."""
+
+from meme_dist.data.index import Manifest
+from meme_dist.data.sets import dags as rows
+from meme_dist.evaluate import Measures
+from meme_dist.objectives.base import Objective
+from meme_dist.recipes.base import Model, Recipe
+from meme_dist.recipes.graphs import Vertices, graph_and_value
+from meme_dist.train.training import Training
+
+
+def dags(
+    *,
+    types: int = 512,
+    groups: int = 8,
+    size: int = 8,
+    rows_in_all: int = 20_000,
+    missing: float = 0.0,
+    data_seed: int = 0,
+    vertices: Vertices = "embedding",
+    width: int = 16,
+    hidden: int = 64,
+    scale: float = 0.5,
+    model: Model = Model(latent_dim=32, samples=5, pseudo_inputs=50),
+    training: Training = Training(steps=3000, batch_size=128, learning_rate=2e-3, schedule="cosine", clip=100.0),
+) -> Recipe:
+    """Made-up graphs with many types of vertices, in groups that decide what follows what; no download.
+
+    One row in ten is kept to test on. The most frequent type of a group comes 64 times as often as the 64th.
+
+    Args:
+        types: How many types of vertices there are, in all groups together.
+        groups: How many groups; what is connected, and what a graph is worth, depends on groups alone.
+        size: Vertices of a graph, at most; half of it at least.
+        rows_in_all: Graphs, those to test on included.
+        missing: Share of the training entries that are missing, up to one half (each row keeps its graph or its value).
+        data_seed: Seed of the rows' order and of what is missing in them; --seed leaves them as they are.
+        vertices: How a vertex type enters the networks: one_hot, one_hot_x4 (four times as large: the control), embedding (standard normal
+            at first), embedding_small (a quarter of it), tied (small, and also the output's weights).
+        width: Numbers of a type's vector, where it is learned.
+        hidden: Numbers of a vertex's state.
+        scale: Where the learned scale of the value's Normal likelihood starts; values are standardised.
+        model: The objective and its size.
+        training: How long and how fast.
+    """
+    dataset = rows.dags(types=types, groups=groups, size=size, rows=rows_in_all, missing=missing, seed=data_seed)
+
+    def build(manifest: Manifest) -> Objective:
+        parts = graph_and_value(manifest.fields, model, vertices=vertices, width=width, hidden=hidden, scale=scale)
+        return model.build(parts)
+
+    return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
