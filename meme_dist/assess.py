@@ -65,14 +65,18 @@ def assess(
     step: int,
     place: Place,
     console: Console,
+    split: str = "test",
 ) -> None:
-    """Measure what the recipe asks for. Collective; rank 0 writes results.json, the figures and report.md, and prints the table."""
+    """Measure what the recipe asks for. Collective; rank 0 writes results.json, the figures and report.md, and prints the table.
+
+    `split`: whose rows count as the test rows.
+    """
     seed = recipe.measures.seed
     with stage("measuring", console=console, visible=place.rank == 0):
         measured = measure(
             objective,
             train=evaluation(manifest, "train", place, seed=seed),
-            test=evaluation(manifest, "test", place, seed=seed),
+            test=evaluation(manifest, split, place, seed=seed),
             fields=manifest.fields,
             classes=manifest.classes,
             classifiers=classifiers,
@@ -83,10 +87,10 @@ def assess(
         )
     if place.rank != 0:
         return
-    results = {"step": step, **measured.results}
+    results = {"step": step, "split": split, **measured.results}
     write_json(folder / RESULTS, results)
     with stage("drawing figures", console=console, visible=True):
-        rows = next(iter(evaluation(manifest, "test", Place(), seed=seed)))
+        rows = next(iter(evaluation(manifest, split, Place(), seed=seed)))
         illustrate(folder, objective, rows, fields=manifest.fields, classes=manifest.classes, measured=measured, seed=seed)
         report = write_report(folder)
     console.print(on_screen(results), markup=False, soft_wrap=True)
@@ -94,10 +98,23 @@ def assess(
 
 
 def assess_stored(
-    stored: Stored, cache: Path, *, seed: int | None, judges: Manifest | None = None, processes: Processes = ALONE, console: Console
+    stored: Stored,
+    cache: Path,
+    *,
+    seed: int | None,
+    judges: Manifest | None = None,
+    processes: Processes = ALONE,
+    console: Console,
+    split: str = "test",
+    correlation: int | None = None,
+    information: int | None = None,
 ) -> None:
-    """The full evaluation of a run that was trained earlier; classifiers from the rows of `judges`, or its own. Collective."""
-    measures = stored.recipe.measures if seed is None else replace(stored.recipe.measures, seed=seed)
+    """The full evaluation of a run that was trained earlier; classifiers from the rows of `judges`, or its own. Collective.
+
+    `seed`, `correlation` (components) and `information` (rows) replace what the recipe's `Measures` say, where they are not None.
+    """
+    asked = {"seed": seed, "correlation_components": correlation, "information_rows": information}
+    measures = replace(stored.recipe.measures, **{name: value for name, value in asked.items() if value is not None})
     recipe = replace(stored.recipe, measures=measures)
     classifiers: dict[str, Classifier] = {}
     for turn in (True, False):  # rank 0 trains the classifiers and stores them, then the others find them there
@@ -105,4 +122,5 @@ def assess_stored(
             if processes.is_main == turn:
                 classifiers = classifiers_of(recipe, judges or stored.manifest, cache, console=console, visible=turn)
     place = Place(processes.rank, processes.world, processes.reduce)
-    assess(stored.objective, recipe, stored.manifest, stored.folder, classifiers, step=stored.step, place=place, console=console)
+    objective, _, manifest, folder, step = stored
+    assess(objective, recipe, manifest, folder, classifiers, step=step, place=place, console=console, split=split)

@@ -5,15 +5,16 @@ nothing could be measured; entries that were not asked for are absent):
 
     classifiers          {modality: estimate}                    accuracy on real test data, which caps the coherence towards it
     cross_coherence      [{"sources": [...], "target", estimate}]
-    coherence_by_inputs  [{"inputs": n, "target" (null: all), "pairs", estimate, "ceiling" where one is known}]   means over pairs of n
-                         sources and a target; the interval knows that pairs share rows (`meme_dist.metrics.by_inputs`)
+    coherence_by_inputs  [{"inputs": n, "target" (null: all), "pairs", estimate, "ceiling", "sampling_ceiling" where they are known}]
+                         means over pairs of n sources and a target; the interval knows that pairs share rows
+                         (`meme_dist.metrics.by_inputs`); ceilings: of any model, and of one draw from the exact posterior
     joint_coherence      {"all": estimate, "pairs": [{"modalities": [a, b], estimate}]}
     latent_accuracy      [{"sources": [...], estimate}]
     clustering           [{"sources": [...], "ari": estimate, "nmi": estimate}]
     relatedness          [{"modalities": [a, b], "auroc_class", "auroc_row": estimate, "histogram": {"edges", "paired", "unpaired"},
                            "class_matrix", "linkage"}]
     frechet              [{"from": "sources" | "prior" | "real" (one half from the other), "sources": [...], "target", "value", "count",
-                           "real": count of real rows}]          no interval: low and high are null
+                           "real": count of real rows}]          intervals over rows, null for features of more than 512 numbers
     log_likelihood       [{"targets": [...], "given": [...], "samples": K, estimate in nats a row, "per_dimension"}]
     imputation           [{"observed": [...] (null: any), "inputs": n, "target", "count", then estimates, as its likelihood allows: "rmse",
                            "mae", "accuracy", "log_likelihood" in nats a row, "crps", "coverage": {"50%", "80%", "95%"}}]
@@ -21,7 +22,7 @@ nothing could be measured; entries that were not asked for are absent):
                            training rows, and estimates "real", "a>b" (b made from a), "b>a", "prior"}]
     information          [{"sources": [...] (null: real data), "target", estimate in nats}]
     left_out             {name: why}                             what this data set cannot be asked
-    rows, classes, seed
+    step, split, classes, seed
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,6 +102,7 @@ class Measures:
     coherence_sources: int = 31  # sets of sources at most: beyond that they are sampled, of every size (N <= 5: all of them)
     own_coherence: bool = False  # also the coherence of reconstructions
     ceilings: Ceilings = field(default_factory=dict)  # {target: {number of inputs: coherence}} where the data set's best is known
+    sampling_ceilings: Ceilings = field(default_factory=dict)  # the same for one draw from the exact posterior
     joint_draws: int = 10_000
     probe_rows: int = 10_000  # training rows for the linear probes
     clustering_rows: int = 2_000  # test rows
@@ -181,7 +183,8 @@ def _parts(
         samples, rows = measures.likelihood_samples, measures.likelihood_rows
         parts.append(results.likelihoods(queries(names), fields, samples=samples, rows=rows))
     if classifiers:
-        parts.append(results.coherence(classifiers, sources, measures.ceilings, own=measures.own_coherence))
+        known = {"ceiling": measures.ceilings, "sampling_ceiling": measures.sampling_ceilings}
+        parts.append(results.coherence(classifiers, sources, known, own=measures.own_coherence))
     if measures.frechet_rows and embedders:
         parts.append(results.frechets(embedders, names, rows=measures.frechet_rows))
     if measures.imputation_rows:

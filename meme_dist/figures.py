@@ -272,9 +272,14 @@ def _dendrogram(axes: Axes, entry: Mapping[str, Any], classes: Sequence[str]) ->
 
 # ---- coherence by inputs ----------------------------------------------------------------------------------------------------------------
 
+CEILINGS = {"ceiling": (0, (5, 3)), "sampling_ceiling": (0, (1, 2))}  # how known ceilings are drawn
+
 
 def inputs_curve(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Coherence against the number of inputs, from `results["coherence_by_inputs"]`: over all targets, each target, known ceilings."""
+    """Coherence against the number of inputs, from `results["coherence_by_inputs"]`: over all targets, and each target.
+
+    Known ceilings are dashed, and those of one draw from the exact posterior dotted.
+    """
     targets = list(dict.fromkeys(entry["target"] for entry in entries))
     with _figure(path, (6.4, 4.2)) as figure:
         axes = figure.subplots()
@@ -284,8 +289,9 @@ def inputs_curve(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
             low, high = (np.array([entry[name] for entry in line], dtype=float) for name in ("low", "high"))
             axes.plot(x, value, color=colour, marker="o", markersize=3.5, label="all targets" if target is None else f"to {target}")
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-            known = [(entry["inputs"], entry["ceiling"]) for entry in line if "ceiling" in entry]
-            axes.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (5, 3)), linewidth=1.0) if known else None
+            for name, dashes in CEILINGS.items():
+                known = [(entry["inputs"], entry[name]) for entry in line if name in entry]
+                axes.plot(*zip(*known, strict=True), color=colour, linestyle=dashes, linewidth=1.0) if known else None
         axes.set(xlabel="modalities given", ylabel="cross coherence", ylim=(0, 1.02), xticks=sorted({e["inputs"] for e in entries}))
         axes.legend(loc="best")
 

@@ -27,7 +27,7 @@ from meme_dist.objectives.base import Objective
 from meme_dist.types import Sums
 
 Ceilings = Mapping[str, Mapping[int, float]]
-"""For a target and a number of inputs: the coherence that no model can exceed."""
+"""For a target and a number of inputs: the coherence that no model can exceed, or that one draw from the exact posterior has."""
 
 
 class Part(NamedTuple):
@@ -44,8 +44,8 @@ def _mean(sums: Mapping[str, Sums], key: str) -> Estimate:
 # ---- coherence --------------------------------------------------------------------------------------------------------------------------
 
 
-def coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sources], ceilings: Ceilings, *, own: bool) -> Part:
-    """`classifiers`, `cross_coherence` and `coherence_by_inputs`; without sources the first alone."""
+def coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sources], ceilings: Mapping[str, Ceilings], *, own: bool) -> Part:
+    """`classifiers`, `cross_coherence` and `coherence_by_inputs` with these ceilings by name; without sources the first alone."""
     metrics = [classifier_accuracy(classifiers), *([cross_coherence(classifiers, sources, own=own, groups=GROUPS)] if sources else [])]
 
     def entries(sums: Mapping[str, Sums]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def coherence(classifiers: Mapping[str, Classify], sources: Sequence[Sources], c
 
 
 def _crosses(
-    sums: Mapping[str, Sums], classifiers: Mapping[str, Classify], sources: Sequence[Sources], ceilings: Ceilings, own: bool
+    sums: Mapping[str, Sums], classifiers: Mapping[str, Classify], sources: Sequence[Sources], ceilings: Mapping[str, Ceilings], own: bool
 ) -> dict[str, Any]:
     pairs = [(chosen, target) for chosen in sources for target in classifiers if own or target not in chosen]
     cross = [{"sources": list(s), "target": t, **intervals.proportion(sums[cross_key(s, t)]).json()} for s, t in pairs]
@@ -66,8 +66,8 @@ def _crosses(
     by_inputs = []
     for line in coherence_by_inputs(sums, sources, list(classifiers)):
         entry = {"inputs": line.inputs, "target": line.target, "pairs": line.pairs, **line.estimate.json()}
-        ceiling = ceilings.get(line.target or "", {}).get(line.inputs)
-        by_inputs.append(entry if ceiling is None else {**entry, "ceiling": ceiling})
+        known = {name: values.get(line.target or "", {}) for name, values in ceilings.items()}
+        by_inputs.append(entry | {name: values[line.inputs] for name, values in known.items() if line.inputs in values})
     return found | ({"coherence_by_inputs": by_inputs} if by_inputs else {})
 
 
@@ -137,7 +137,7 @@ def frechets(embedders: Mapping[str, Embed], names: Sequence[str], *, rows: int)
         found = []
         for one in frechet_distances(sums, names, list(embedders)):
             made_from = "real" if one.sources is None else "sources" if one.sources else "prior"
-            estimate = Estimate(one.value, math.nan, math.nan, one.count).json()
+            estimate = Estimate(one.value, one.low, one.high, one.count).json()
             found.append({"from": made_from, "sources": list(one.sources or ()), "target": one.target, **estimate, "real": one.real})
         return {"frechet": found}
 

@@ -20,6 +20,9 @@ def evaluate(words: list[str]) -> int:
         seed: int | None = None,
         judge: str | None = None,
         pool: Literal["own", "mixture", "product", "product_with_standard", "holder"] = "own",
+        split: str = "test",
+        correlation: int | None = None,
+        information: int | None = None,
     ) -> int:
         """Measure a trained run again: writes results.json, figures and report.md into its folder, and prints the table.
 
@@ -30,9 +33,12 @@ def evaluate(words: list[str]) -> int:
             seed: Seed of the draws; by default the run's.
             judge: Another run whose data trains the classifiers: the same judges for runs on different shares of the rows.
             pool: How several inputs combine: as the model was made to, or another way (docs/objectives.md), measured into RUN/pooled-POOL.
+            split: Whose rows: test, or another one (validation, where rows were held out for it), measured into RUN/on-SPLIT.
+            correlation: Components of the canonical correlations between modalities, 40 in the papers; by default the recipe's, 0 for none.
+            information: Rows of the mutual-information scores, 2000 say; by default the recipe's, 0 for none.
         """
         from meme_dist.assess import assess_stored
-        from meme_dist.stored import pooled
+        from meme_dist.stored import on_split, pooled
 
         def work(processes: Any) -> None:
             stored = _stored(run, checkpoint, processes)
@@ -40,7 +46,18 @@ def evaluate(words: list[str]) -> int:
             console = Console(highlight=False)
             if pool != "own":
                 stored = pooled(stored, pool, processes)
-            assess_stored(stored, data / "classifiers", seed=seed, judges=judges, processes=processes, console=console)
+            stored = on_split(stored, split, processes)
+            assess_stored(
+                stored,
+                data / "classifiers",
+                seed=seed,
+                judges=judges,
+                processes=processes,
+                console=console,
+                split=split,
+                correlation=correlation,
+                information=information,
+            )
 
         return _together(work)
 

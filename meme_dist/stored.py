@@ -55,9 +55,29 @@ def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None 
 
 def pooled(stored: Stored, pool: Pool, processes: Processes = ALONE) -> Stored:
     """The same run asked another way, in a folder of its own within the run's (pooled-POOL, with the run's run.json). Collective."""
-    folder = stored.folder / f"pooled-{pool}"
+    return _within(stored, f"pooled-{pool}", processes)._replace(objective=Pooled(stored.objective, pool))
+
+
+def on_split(stored: Stored, split: str, processes: Processes = ALONE) -> Stored:
+    """The same run measured on a split other than test, in a folder of its own within the run's (on-SPLIT). Collective.
+
+    Raises ValueError where the data set has no such split.
+    """
+    if split not in (splits := stored.manifest.splits):
+        known = ", ".join(splits)
+        raise ValueError(f"{stored.folder}: there is no split {split!r} (it has {known}); recipes hold rows out with --validation .1")
+    return stored if split == "test" else _within(stored, on(split), processes)
+
+
+def on(split: str) -> str:
+    """The folder, within a run's, of what was measured on a split other than test."""
+    return f"on-{split}"
+
+
+def _within(stored: Stored, name: str, processes: Processes) -> Stored:
+    folder = stored.folder / name
     with processes.agreed():
         if processes.is_main:
             folder.mkdir(exist_ok=True)
             shutil.copyfile(stored.folder / record.FILE, folder / record.FILE)
-    return stored._replace(objective=Pooled(stored.objective, pool), folder=folder)
+    return stored._replace(folder=folder)

@@ -90,15 +90,16 @@ def _by_inputs_table(results: Mapping[str, Any]) -> str:
     cells = {(entry["inputs"], entry["target"]): _with_ceiling(entry) for entry in entries}
     lines = [[size, *(cells.get((size, target), "") for target in targets)] for size in sizes]
     said = (
-        "Mean cross coherence over sets of that many modalities; in brackets behind the interval, where it is known, the best that any "
-        "model could do."
+        "Mean cross coherence over sets of that many modalities; in brackets behind the interval, where they are known, what one draw "
+        "from the exact posterior reaches, and the best that any model could do."
     )
     header = ["inputs", *("all targets" if target is None else f"to {target}" for target in targets)]
     return f"## Coherence by number of inputs\n\n{said}\n\n" + table(header, lines)
 
 
 def _with_ceiling(entry: Mapping[str, Any]) -> str:
-    return estimate(entry) + (f" (of {entry['ceiling']:.3f})" if "ceiling" in entry else "")
+    known = [f"{entry[name]:.3f}" for name in ("sampling_ceiling", "ceiling") if name in entry]
+    return estimate(entry) + (f" (of {', '.join(known)})" if known else "")
 
 
 def _clustering_table(results: Mapping[str, Any]) -> str:
@@ -115,7 +116,8 @@ def _frechet_table(results: Mapping[str, Any]) -> str:
     lines = [[origin, *(cells.get((origin, target), "") for target in targets)] for origin in origins]
     said = (
         "Distance of what is made from real test data in the features of a classifier, and how many rows were made; lower is better. Too "
-        "large by an amount that falls as one over the number of rows, which the two halves of the real rows show."
+        "large by an amount that falls as one over the number of rows, which the two halves of the real rows show; the interval, over "
+        "rows, is around the value with that amount in it."
     )
     return f"## Frechet distance\n\n{said}\n\n" + table(["made from", *targets], lines)
 

@@ -22,19 +22,20 @@ def main(words: list[str]) -> int:
     home = folder.parents[1]
     judge = ["judge", Path(rest[-1]).name] if "--judge" in rest else []
     with open(home / "calls.txt", "a", encoding="utf-8") as file:
-        file.write(" ".join([command, folder.name, *(["pool"] if "--pool" in rest else []), *judge]) + "\n")
+        file.write(" ".join([command, folder.name, *(flag for flag in ("pool", "split") if f"--{flag}" in rest), *judge]) + "\n")
     told = json.loads((home / "keywords.json").read_text(encoding="utf-8"))
     if os.environ.get("PRETEND_FAIL", "no run") in f"{command} {folder.name}":
         print("a line before\nValueError: out of luck", file=sys.stderr)
         return 1
     keywords = told["keywords"][folder.name]
     pool = f"pooled-{rest[rest.index('--pool') + 1]}" if "--pool" in rest else ""
+    place = folder / pool / (f"on-{rest[rest.index('--split') + 1]}" if "--split" in rest else "")
     if command == "train" and not train(folder, keywords, told["shards"], resume="--resume" in rest):
         return STOPPED
     if command == "evaluate" or "--no-evaluate" not in rest:
-        (folder / pool).mkdir(exist_ok=True)
-        measure(folder / pool, keywords, better=0.05 if pool else 0.0)
-        (folder / pool / "run.json").write_text((folder / "run.json").read_text())
+        place.mkdir(parents=True, exist_ok=True)
+        measure(place, keywords, better=0.05 if pool else 0.0)
+        (place / "run.json").write_text((folder / "run.json").read_text())
     return 0
 
 

@@ -51,8 +51,9 @@ def plan_of(*words: str, out: Path = Path("unused")) -> Plan:
 
 def another(value: Any, hint: Any) -> Any:
     """A value that the keyword does not have by default."""
-    choices = [choice for choice in getattr(hint, "__args__", ()) if isinstance(choice, str)]
-    if choices:
+    parts = getattr(hint, "__args__", ())
+    choices = [choice for part in (hint, *parts) for choice in getattr(part, "__args__", ()) if isinstance(choice, str)]
+    if choices:  # of a Literal, or of one that may be None
         return next(choice for choice in choices if choice != value)
     if isinstance(value, bool):
         return not value
@@ -400,6 +401,26 @@ def test_a_run_with_other_keywords_is_refused_and_more_steps_of_it_are_not(home:
     assert "--resume" in (home / "logs" / "meme-seed0.log").read_text() and "--steps 9" in (home / "logs" / "meme-seed0.log").read_text()
     (home / "runs" / "meme-seed1").mkdir()  # killed before it wrote its record
     assert pretend(home, plan_of("--models", "meme", "--seeds", "0", "1", "--steps", "9"), shards) == 0
+
+
+@pytest.mark.parametrize("vary", [[], ["--vary", "missing=0,.3"]], ids=["own judge", "first judge"])
+def test_on_another_split_runs_are_measured_apart_and_the_test_rows_are_never_looked_at(home: Path, shards: Path, vary: list[str]) -> None:
+    words = ["--models", "meme", "pooled=meme:pool=product", *vary, "--seeds", "0"]
+    plan = plan_of(*words, "--split", "validation")
+    assert pretend(home, plan, shards) == 0
+    runs = [cell.run for cell in plan.cells() if cell.model == "meme"]
+    measured = [call.split(" judge")[0] for call in calls(home) if call.startswith("evaluate")]
+    asked = ([f"evaluate {run} split", f"evaluate {run} pool split"] for run in runs)
+    assert sorted(measured) == sorted(call for both in asked for call in both)
+    assert not [run for run in runs if (home / "runs" / run / "results.json").exists()]
+    assert (home / "runs" / runs[0] / "on-validation" / "results.json").is_file()
+    assert (home / "runs" / runs[0] / "pooled-product" / "on-validation" / "results.json").is_file()
+    text = (home / "report.md").read_text()
+    assert "Measured on the split `validation`: no test row was looked at." in text and "rows / s" in text  # of the run's own log
+    assert pretend(home, plan, shards) == 0 and len([call for call in calls(home) if call.startswith("evaluate")]) == len(measured)
+    assert pretend(home, plan_of(*words), shards) == 0  # then the test rows, of the same trained runs
+    assert len([call for call in calls(home) if call.startswith("train")]) == (len(runs) if vary else 2 * len(runs))
+    assert (home / "runs" / runs[0] / "results.json").is_file()
 
 
 def test_the_report_shows_tables_curves_pictures_and_what_is_missing(home: Path, shards: Path) -> None:

@@ -4,6 +4,7 @@ A plan is typed on the command line or in a file (TOML or JSON), and `plan.json`
 
     recipe = "mnist_meterdigits"
     seeds = [0, 1, 2]
+    split = "validation"                  # whose rows measure the models; by default test
     reference = "meme"                    # the model that others are tested against; by default the first
     [common]                              # keywords of the recipe for all cells; the rest has the recipe's defaults
     source = "downloads"
@@ -34,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 from meme_dist.pooled import Pool
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.keywords import flatten, unflatten
+from meme_dist.stored import on
 
 FILE = "plan.json"
 Judge = Literal["own", "first"]
@@ -53,11 +55,17 @@ class Cell(NamedTuple):
     name: str
     run: str
     pool: str | None = None
+    split: str = "test"
+
+    @property
+    def trained(self) -> Path:
+        """Where its log and its costs are, from the folder of runs."""
+        return Path(self.run) if self.pool is None else Path(self.run) / f"pooled-{self.pool}"
 
     @property
     def folder(self) -> Path:
         """Where its results are, from the folder of runs."""
-        return Path(self.run) if self.pool is None else Path(self.run) / f"pooled-{self.pool}"
+        return self.trained if self.split == "test" else self.trained / on(self.split)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Plan:
     reference: str = ""
     judge: Judge = "own"
     kind: Kind = "comparison"
+    split: str = "test"
 
     def __post_init__(self) -> None:
         if not self.models or not self.seeds:
@@ -104,7 +113,7 @@ class Plan:
         own = self.models[model]
         keywords = {**self.common, **setting, **_trained(own), "seed": seed}
         name, run = (self._name(label, setting, seed) for label in (model, self._trained_as(model)))
-        return Cell(model, setting, seed, keywords, name, run, own.get("pool"))
+        return Cell(model, setting, seed, keywords, name, run, own.get("pool"), self.split)
 
     def _name(self, model: str, setting: Mapping[str, Any], seed: int) -> str:
         return "-".join([slug(model), *(slug(said(setting, key)) for key in setting), f"seed{seed}"])

@@ -42,6 +42,8 @@ class Asked(Running):
     """Seeds; each trains every model once. Intervals and tests are over them, so that one alone says little."""
     vary: tuple[str, ...] = ()
     """Keywords with several values, `paired_fraction=1,.5 always=split,mnist`: every combination is a setting."""
+    split: str = "test"
+    """Whose rows measure the runs: test, or validation where rows were held out for it (--validation .1), to choose settings on."""
     judge: Literal["auto", "own", "first"] = "auto"
     """Whose rows train the classifiers that judge a run: its own, or the first run's for all; auto is first where something varies."""
 
@@ -160,7 +162,7 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _plan(recipe: str, common: Mapping[str, Any], asked: Asked, **rest: Any) -> Plan:
     vary = dict(cells.varied_of(recipe, text) for text in asked.vary)
     judge: Judge = ("first" if vary else "own") if asked.judge == "auto" else asked.judge
-    return Plan(recipe=recipe, common=common, seeds=asked.seeds, vary=vary, judge=judge, **rest)
+    return Plan(recipe=recipe, common=common, seeds=asked.seeds, vary=vary, judge=judge, split=asked.split, **rest)
 
 
 def _measure_gradient(plan: Plan, folder: Path, draws: int, *, console: Console) -> None:

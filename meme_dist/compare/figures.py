@@ -22,8 +22,8 @@ Panels = Mapping[str, Mapping[str, Line]]
 """For each panel's title the models' lines."""
 
 
-def curves(path: Path, panels: Panels, *, x: str, ceilings: Mapping[str, Mapping[int, float]] | None = None) -> None:
-    """A panel a measurement (or setting), a line a model, its interval over seeds as a band; `ceilings` of a panel are dashed."""
+def curves(path: Path, panels: Panels, *, x: str, ceilings: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None) -> None:
+    """A panel a measurement (or setting), a line a model, its interval over seeds as a band; `ceilings` of a panel, by name, are dashed."""
     colours = _colours(panels.values())
     wide = min(WIDE, len(panels))
     tall = -(-len(panels) // wide)
@@ -32,11 +32,13 @@ def curves(path: Path, panels: Panels, *, x: str, ceilings: Mapping[str, Mapping
         for axes, (title, lines) in zip(grid, panels.items(), strict=False):
             for model, line in lines.items():
                 _line(axes, model, line, colours[model])
-            known = sorted((ceilings or {}).get(title, {}).items())
-            axes.plot(*zip(*known, strict=True), color=INK, linestyle=(0, (5, 3)), linewidth=1.0, label="ceiling") if known else None
+            for name, values in (ceilings or {}).get(title, {}).items():
+                known, dashes = zip(*sorted(values.items()), strict=True), figures.CEILINGS[name]
+                axes.plot(*known, color=INK, linestyle=dashes, linewidth=1.0, label=name.replace("_", " "))
             axes.set(title=_title(title), xlabel=x.replace("_", " "))
             _ticks(axes, sorted({point[0] for line in lines.values() for point in line}))
-        grid[0].legend(loc="best")
+        drawn = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        grid[0].legend(list(drawn.values()), list(drawn), loc="best")
         for axes in grid[len(panels) :]:
             axes.axis("off")
 

@@ -67,11 +67,13 @@ def _names(found: Mapping[str, Any]) -> dict[str, None]:
 def _summary(plan: Plan, runs: Sequence[Run]) -> str:
     there = sum(run.values is not None for run in runs)
     sizes = f"{len(plan.models)} models, {len(plan.settings())} settings, {len(plan.seeds)} seeds: {there} of {len(runs)} runs are measured"
+    measured = "" if plan.split == "test" else f" Measured on the split `{plan.split}`: no test row was looked at."
     judged = "\n\nThe classifiers of one run's rows judge all runs." if plan.judge == "first" else ""
     return (
-        f"Recipe `{plan.recipe}`; {sizes}. The reference is `{plan.against}`.\n\nValues are means over seeds with Student's 95 % interval "
-        "(none for one seed). **Bold** is the model whose difference from each of the others, paired by seed, has an interval on the good "
-        f"side of 0; where none has, none is bold. Measurements: `{TABLE}`; all of them to read: [{ALL}]({ALL}).{judged}"
+        f"Recipe `{plan.recipe}`; {sizes}. The reference is `{plan.against}`.{measured}\n\n"
+        "Values are means over seeds with Student's 95 % interval (none for one seed). **Bold** is the model whose difference from each of "
+        "the others, paired by seed, has an interval on the good side of 0; where none has, none is bold. "
+        f"Measurements: `{TABLE}`; all of them to read: [{ALL}]({ALL}).{judged}"
     )
 
 
@@ -166,9 +168,8 @@ def _figures(plan: Plan, runs: Sequence[Run], found: Mapping[str, Any], tests: S
             name = f"against-{cells.slug(keyword)}{f'-{cells.slug(setting)}' if setting else ''}.png"
             figures.curves(place / name, panels, x=keyword)
             yield _picture(f"Over {keyword}{f' ({setting})' if setting else ''}", name)
-    if lines := tabulation.by_inputs(found):
-        panels = {setting or "cross coherence": line for setting, line in lines.items()}
-        ceilings = {setting or "cross coherence": ceiling for setting, ceiling in tabulation.ceilings(runs).items()}
+    ceilings = tabulation.ceilings(runs)
+    if panels := tabulation.by_inputs(found, ceilings):
         figures.curves(place / "by-inputs.png", panels, x="modalities given", ceilings=ceilings)
         yield _picture("Cross coherence against the number of modalities given", "by-inputs.png")
     for setting, pictures in tabulation.grouped(runs, str(GRID)).items():

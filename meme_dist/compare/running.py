@@ -2,7 +2,8 @@
 
 What is there decides what is done: a run with results is left alone, one that was interrupted is resumed, one that is trained is only
 measured. A run that fails leaves its log and the others go on. With `judge="first"` runs are trained first and measured apart, by the
-classifiers of the first trained run's rows (`meme-dist evaluate --judge`), as long as it has the same modalities.
+classifiers of the first trained run's rows (`meme-dist evaluate --judge`), as long as it has the same modalities; with a split other than
+test they are too, and no test row is looked at.
 
 SIGTERM, SIGINT and SIGUSR1 are passed on to the runs, which save and end; the status is then 75 and the same command goes on. If this
 process is killed its runs live on: the next one finds them by their environment and tells them to stop before it starts anything.
@@ -186,7 +187,12 @@ class Runner:
         if cell.pool is not None:
             trained = next(other for other in self.cells if other.name == cell.run)
             return Task(cell, "measure") if self._is(trained, "measured") else None
-        return Task(cell, "measure" if self.plan.judge == "first" and self._is(cell, "trained") else "train")
+        return Task(cell, "measure" if self._apart and self._is(cell, "trained") else "train")
+
+    @property
+    def _apart(self) -> bool:
+        """Whether runs are measured by commands of their own, not at the end of their training."""
+        return self.plan.judge == "first" or self.plan.split != "test"
 
     def _judge(self) -> str | None:
         """The name of the run that judges: the first that is trained, once all before it have failed, and the same ever after."""
@@ -206,16 +212,17 @@ class Runner:
         if self.plan.judge == "own":
             return True
         judge = self._judge()
-        return judge in (cell.name, *self._failed) or judge is not None and (self.folder / RUNS / judge / REPORT).is_file()
+        return judge in (cell.name, *self._failed) or judge is not None and any((self.folder / RUNS / judge).glob(f"**/{REPORT}"))
 
     def words(self, task: Task) -> list[str]:
         """The command, without what launches it."""
         folder, data = str(self.path(task.cell)), ["--data", str(self.running.data)]
         if task.what == "measure":
             words = ["evaluate", folder, *data, *([] if task.cell.pool is None else ["--pool", task.cell.pool])]
+            words += [] if task.cell.split == "test" else ["--split", task.cell.split]
             judge = self.folder / RUNS / (self._judge() or "") if self.plan.judge == "first" else self.path(task.cell)
             return [*words, *(["--judge", str(judge)] if judge.name != task.cell.run and _alike(judge, folder) else [])]
-        rest = [*data, *(["--no-evaluate"] if self.plan.judge == "first" else [])]
+        rest = [*data, *(["--no-evaluate"] if self._apart else [])]
         if (self.path(task.cell) / record.FILE).is_file():
             known = record.load(self.path(task.cell)).keywords
             return ["train", "--resume", folder, *cells.flags(task.cell.keywords, known), *rest]
@@ -247,7 +254,7 @@ class Runner:
             self._settle(attempted.task, what if what != "stopped" or self._told_at is not None else "crash", attempt)
 
     def _settle(self, task: Task, what: str, attempt: Attempt) -> None:
-        reached = self._is(task.cell, "trained" if task.what == "train" and self.plan.judge == "first" else "measured")
+        reached = self._is(task.cell, "trained" if task.what == "train" and self._apart else "measured")
         if what == "done" and reached:
             self._say(task, f"done in {attempt.seconds:.0f} s")
         elif self._told_at is not None:

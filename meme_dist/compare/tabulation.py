@@ -23,6 +23,7 @@ from meme_dist import cost, record
 from meme_dist.compare import cells
 from meme_dist.compare.cells import Cell, Plan
 from meme_dist.evaluate import flatten
+from meme_dist.figures import CEILINGS
 from meme_dist.metrics.intervals import Estimate, over_runs
 from meme_dist.metrics.paired import Paired, holm, paired
 from meme_dist.report import LOG, REPORT, RESULTS, read_log
@@ -44,6 +45,11 @@ class Run(NamedTuple):
     values: Mapping[str, float] | None
     results: Mapping[str, Any]
     folder: Path
+
+    @property
+    def trained(self) -> Path:
+        """The folder that has its log: its own, or the one around it where another split than test was measured."""
+        return self.folder if self.cell.split == "test" else self.folder.parent
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -79,8 +85,8 @@ def _json(path: Path) -> dict[str, Any]:
 def derived(results: Mapping[str, Any]) -> dict[str, float]:
     """Means that stand for many numbers: over targets and single sources for coherences, latents and Frechet distances.
 
-    `log_likelihood/joint` is that of the row's modalities together, and `log_likelihood/conditional` the mean of log p(target | sources) over
-    single targets and all sets of sources that were asked for; both at the largest K.
+    `log_likelihood/joint` is that of the row's modalities together, and `log_likelihood/conditional` the mean of log p(target | sources)
+    over single targets and all sets of sources that were asked for; both at the largest K.
     """
     single = [e for e in results.get("cross_coherence", []) if len(e["sources"]) == 1 and e["target"] not in e["sources"]]
     made = [e for e in results.get("frechet", []) if e["from"] == "sources" and len(e["sources"]) == 1 and e["target"] not in e["sources"]]
@@ -134,10 +140,11 @@ def _few(names: Sequence[str]) -> list[str]:
     return [name for name in names if len(names) <= FEW or name.endswith(("/mean", "/joint", "/all")) or _inputs(name)]
 
 
-def _inputs(name: str) -> int | None:
-    """n of `coherence_by_inputs/n`, the mean over all targets; None of any other measurement."""
-    kind, _, size = name.partition("/")
-    return int(size) if kind == "coherence_by_inputs" and size.isdigit() else None
+def _inputs(name: str, target: str | None = None) -> int | None:
+    """n of `coherence_by_inputs/n`, the mean over all targets, or of `coherence_by_inputs/n>target`; None of any other measurement."""
+    kind, _, rest = name.partition("/")
+    size, _, of = rest.partition(">")
+    return int(size) if kind == "coherence_by_inputs" and size.isdigit() and of == (target or "") else None
 
 
 # ---- statistics -------------------------------------------------------------------------------------------------------------------------
@@ -240,24 +247,39 @@ def curves(plan: Plan, table: Mapping[str, Any]) -> dict[str, dict[str, dict[str
     return found
 
 
-def by_inputs(table: Mapping[str, Any]) -> dict[str, dict[str, Line]]:
-    """{setting: {model: line}} of cross coherence against the number of modalities given; nothing where it was not measured for two."""
+def by_inputs(table: Mapping[str, Any], known: Iterable[str] = ()) -> dict[str, dict[str, Line]]:
+    """{panel: {model: line}} of cross coherence against the number of modalities given; nothing where it was not measured for two.
+
+    A panel is a setting, over all targets, or a setting and one of the targets whose ceiling is `known`: the panels of `ceilings`.
+    """
     found: dict[str, dict[str, Line]] = {}
     for entry in table["settings"]:
-        sizes = sorted((size, name) for name in entry["measurements"] if (size := _inputs(name)) is not None)
-        for size, name in sizes if len(sizes) > 1 else ():
-            _add(found.setdefault(cells.said(entry["setting"]), {}), size, entry["measurements"][name]["models"])
+        for target in (None, *_targets(entry["measurements"])):
+            panel = _panel(entry["setting"], target)
+            sizes = sorted((size, name) for name in entry["measurements"] if (size := _inputs(name, target)) is not None)
+            for size, name in sizes if len(sizes) > 1 and (target is None or panel in known) else ():
+                _add(found.setdefault(panel, {}), size, entry["measurements"][name]["models"])
     return found
 
 
-def ceilings(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
-    """{setting: {number of inputs: the coherence that no model can exceed}}, where the data set's best is known."""
-    found: dict[str, dict[int, float]] = {}
+def ceilings(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, float]]]:
+    """{panel: {name of the ceiling: {number of inputs: coherence}}} where the data set's best is known; panels as for `by_inputs`."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
         for entry in run.results.get("coherence_by_inputs", []):
-            if entry["target"] is None and "ceiling" in entry:
-                found.setdefault(cells.said(run.cell.setting), {})[entry["inputs"]] = entry["ceiling"]
+            for name in (name for name in CEILINGS if name in entry):
+                panel = found.setdefault(_panel(run.cell.setting, entry["target"]), {})
+                panel.setdefault(name, {})[entry["inputs"]] = entry[name]
     return found
+
+
+def _panel(setting: Mapping[str, Any], target: str | None) -> str:
+    return ", ".join(filter(None, [cells.said(setting), f"to {target}" if target else ""])) or "cross coherence"
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """The targets of `coherence_by_inputs/n>target`."""
+    return list(dict.fromkeys(name.partition(">")[2] for name in names if name.startswith("coherence_by_inputs/") and ">" in name))
 
 
 def _add(lines: dict[str, Line], x: float, models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -272,7 +294,8 @@ def _add(lines: dict[str, Line], x: float, models: Mapping[str, Mapping[str, Any
 
 def costs(plan: Plan, runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """{model: {cost: estimate over all its runs}}; costs.json. Apart from table.json, since no two runs take the same time."""
-    each = {model: [_cost(run.folder) for run in runs if run.cell.model == model and run.values is not None] for model in plan.models}
+    done = [run for run in runs if run.values is not None]
+    each = {model: [_cost(run.trained) for run in done if run.cell.model == model] for model in plan.models}
     spent = {model: {name: [entry[name] for entry in entries if name in entry] for name in COSTS} for model, entries in each.items()}
     return {model: {name: over_runs(values).json() for name, values in found.items() if values} for model, found in spent.items()}
 

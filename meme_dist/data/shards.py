@@ -42,7 +42,7 @@ Part = Callable[[str, range], Iterator[Row]]
 class Dataset:
     """A source of rows, two or more modalities each described by a `Field`.
 
-    `rows(split)` yields the rows of "train" or "test" in their final, already shuffled order, the same every time. `source` holds the
+    `rows(split)` yields the rows of one of the `splits` in their final, already shuffled order, the same every time. `source` holds the
     keywords that made the set (JSON values): folders of shards with another source are never taken for this one.
     """
 
@@ -51,14 +51,13 @@ class Dataset:
     rows: Callable[[str], Iterator[Row]]
     classes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+    splits: tuple[str, ...] = ("train", "test")
 
     def __post_init__(self) -> None:
         check_modality_names(list(self.fields))
 
 
-def write_shards(
-    dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 1024, splits: Sequence[str] = ("train", "test")
-) -> Manifest:
+def write_shards(dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 1024, splits: Sequence[str] | None = None) -> Manifest:
     """Write a data set as tar shards with manifest and index; only one row and one shard's index are in memory at a time.
 
     All is written into a hidden folder beside `folder` and renamed at the end: `folder` is complete or not there, also when the disk is
@@ -67,6 +66,7 @@ def write_shards(
     OSError where the disk is full.
     """
     folder = Path(folder)
+    splits = dataset.splits if splits is None else splits
     wanted = _description(dataset, rows_per_shard, splits)
     if (manifest := _already(folder, wanted)) is not None:
         return manifest

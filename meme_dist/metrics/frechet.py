@@ -7,7 +7,9 @@ call it FID). The default features are those in front of the last layer of the c
 models on one data set judged by one classifier, and nothing else.
 
 Estimated from few rows it is too large, by an amount that falls as one over their number (Chong and Forsyth 2020): compare numbers of
-equal counts, and see what two halves of the real rows are apart, which would be 0 without that bias. It has no interval of its own.
+equal counts, and see what two halves of the real rows are apart, which would be 0 without that bias. Its interval is that of the
+delete-a-group jackknife over rows, each group left out of both sides at once: how far the value would move with other rows of the same
+number. It knows nothing of the bias, and nothing of other weights.
 """
 
 import math
@@ -15,15 +17,18 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meme_dist.metrics.coherence import Sources
+from meme_dist.metrics.intervals import jackknife
 from meme_dist.metrics.rows import Embed, Metric, holds, joined, noise_of, shown
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Sums
 
+GROUPS = 20  # of rows, for the jackknife; rows are shuffled, so a row's number names its group
+WIDEST = 512  # features: of more only two groups are kept, halves, since each group holds their square; there is no interval then
 FLOOR = 1e-12  # of the largest eigenvalue: below it a covariance is singular, and roots would make rounding large
 
 
@@ -50,11 +55,14 @@ def moments(sums: Sums) -> Moments:
     return Moments(mean, (sums.total[1:] - count * torch.outer(mean, mean)) / (count - 1), round(count))
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """The squared distance d^2 of the formula above, which is what FID reports; NaN below two rows on a side."""
+def frechet_distance(a: Moments, b: Moments, *, root: Float[Tensor, "E E"] | None = None) -> float:
+    """The squared distance d^2 of the formula above, which is what FID reports; NaN below two rows on a side.
+
+    `root`: that of a's covariance, where the caller has it from another distance.
+    """
     if min(a.count, b.count) < 2:
         return math.nan
-    root = _root(a.covariance)
+    root = _root(a.covariance) if root is None else root
     inner = torch.linalg.eigvalsh(root @ b.covariance @ root)
     shared = torch.where(inner > FLOOR * inner[-1], inner, 0.0).sqrt().sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * shared
@@ -80,8 +88,8 @@ def frechet_key(sources: Sources | None, target: str) -> str:
 def frechet(embedders: Mapping[str, Embed], names: Sequence[str], *, rows: int) -> Metric:
     """Features of what is made of each modality from `few_sources`, one sample z a row, and from the prior; and of its real data.
 
-    A row counts where it holds the sources (for the prior: anything) and its number is below `rows`. The real rows come in two halves, of
-    even and odd number: total [2, 1 + E, E], count [2].
+    A row counts where it holds the sources (for the prior: anything) and its number is below `rows`. All come in groups, by row number:
+    total [G, 1 + E, E], count [G].
     """
     sizes: dict[str, int] = {}
 
@@ -94,8 +102,10 @@ def frechet(embedders: Mapping[str, Embed], names: Sequence[str], *, rows: int) 
             for sources in [*few_sources(names, name), ()]:
                 counted = wanted & (holds(batch, sources) if sources else batch.observed.any(1))
                 made = _made(objective, batch, sources, name, embed, counted)
-                sums[frechet_key(sources, name)] = _padded(made, sizes[name], batch.draw.device)
-            sums[frechet_key(None, name)] = _halves(batch, name, embed, wanted, sizes[name])
+                sums[frechet_key(sources, name)] = _grouped(made, batch.draw[counted], sizes[name])
+            there = holds(batch, [name]) & wanted
+            real = embed(batch.dense(name)[there]) if bool(there.any()) else None
+            sums[frechet_key(None, name)] = _grouped(real, batch.draw[there], sizes[name])
         return sums
 
     return metric
@@ -112,16 +122,12 @@ def _made(
     return embed(shown(objective, name, z, Noise(batch.seed, batch.draw[counted]), purpose)[0])
 
 
-def _padded(features: Float[Tensor, "R E"] | None, size: int, device: torch.device) -> Sums:
-    return moment_sums(torch.zeros(0, size, device=device) if features is None else features)
-
-
-def _halves(batch: Batch, name: str, embed: Embed, wanted: Bool[Tensor, " B"], size: int) -> Sums:
-    there = holds(batch, [name]) & wanted
-    data, odd = batch.dense(name)[there], batch.draw[there] % 2 == 1
-    features = embed(data) if len(data) else torch.zeros(0, size, device=batch.draw.device)
-    halves = [moment_sums(features[~odd]), moment_sums(features[odd])]
-    return Sums(torch.stack([half.total for half in halves]), torch.stack([half.count for half in halves]))
+def _grouped(features: Float[Tensor, "R E"] | None, number: Int[Tensor, " R"], size: int) -> Sums:
+    """The sums of each group of rows; zeros where there are none."""
+    x = torch.zeros(0, size, device=number.device) if features is None else features
+    groups = GROUPS if size <= WIDEST else 2
+    parts = [moment_sums(x[number % groups == group]) for group in range(groups)]
+    return Sums(torch.stack([part.total for part in parts]), torch.stack([part.count for part in parts]))
 
 
 class Frechet(NamedTuple):
@@ -132,18 +138,41 @@ class Frechet(NamedTuple):
     value: float
     count: int  # features on the side that was made (of the smaller half)
     real: int
+    low: float  # of the 95 % interval; infinite, as high is, where there are too few rows or too many features for one
+    high: float
 
 
 def frechet_distances(sums: Mapping[str, Sums], names: Sequence[str], targets: Sequence[str]) -> list[Frechet]:
     """All distances from the sums of `frechet`."""
     found = []
     for target in targets:
-        halves = sums[frechet_key(None, target)]
-        real = moments(Sums(halves.total.sum(0), halves.count.sum()))
-        even, odd = (moments(Sums(total, count)) for total, count in zip(halves.total, halves.count, strict=True))
+        real = _leaving_out(sums[frechet_key(None, target)])
+        roots = [_root(one.covariance) if one.count > 1 else None for one in real]
         for sources in [*few_sources(names, target), ()]:
-            made = moments(sums[frechet_key(sources, target)])
-            found.append(Frechet(sources, target, frechet_distance(made, real), made.count, real.count))
-        smaller = min(even.count, odd.count)
-        found.append(Frechet(None, target, frechet_distance(even, odd), smaller, even.count + odd.count - smaller))
+            made = _leaving_out(sums[frechet_key(sources, target)])
+            apart = [frechet_distance(a, b, root=root) for a, b, root in zip(real, made, roots, strict=True)]
+            found.append(_measured(sources, target, apart, made[0].count, real[0].count))
+        found.append(_of_halves(target, sums[frechet_key(None, target)]))
     return found
+
+
+def _leaving_out(sums: Sums) -> list[Moments]:
+    """Of all rows, then without each group of them."""
+    total, count = sums.total.sum(0), sums.count.sum()
+    groups = zip(sums.total, sums.count, strict=True)
+    return [moments(Sums(total, count)), *(moments(Sums(total - part, count - rows)) for part, rows in groups)]
+
+
+def _of_halves(target: str, real: Sums) -> Frechet:
+    """One half of the real rows, of even number, from the other; both lose a group at once."""
+    even, odd = (_leaving_out(Sums(real.total[half::2], real.count[half::2])) for half in (0, 1))
+    smaller = min(even[0].count, odd[0].count)
+    apart = [frechet_distance(a, b) for a, b in zip(even, odd, strict=True)]
+    return _measured(None, target, apart, smaller, even[0].count + odd[0].count - smaller)
+
+
+def _measured(sources: Sources | None, target: str, apart: Sequence[float], count: int, real: int) -> Frechet:
+    """From the distance of all rows and those without each group."""
+    estimate = jackknife(apart[0], apart[1:] if len(apart) > 3 else [], count=count)
+    low = max(0.0, estimate.low) if math.isfinite(estimate.low) else estimate.low
+    return Frechet(sources, target, estimate.value, count, real, low, estimate.high)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from meme_dist.distributions import (
     Components,
+    DiagNormal,
     Diagonal,
     Drawn,
     Mixture,
@@ -56,6 +57,8 @@ class MEME(Objective):
       rao_blackwell  the weighted sum over all K samples: lowest variance, every decoder runs K times with gradients.
       resampled      one sample drawn from w / K carries everything: K decodings without gradients, one with.
     `combination`: p(z | x_T) of several targets, app. E: even mixture, or product of their posteriors (with or without a N(0, I) expert).
+    `inference`: how `infer` combines several observed modalities, by default as training does. Every posterior is trained to be the others'
+      prior, so that those of a mixture may be multiplied afterwards without a further training (docs/results.md).
     `log_ratio`: the KL in closed form where p(z | x_T) is one expert or a product (the released code), else and with `sampled` the
       sample's log-ratio under w, which is the paper's bound.
     `cross_weight`: c. At 1 the gradient of the cross terms cancels exactly; the released code, and so its published numbers, use 10.
@@ -75,6 +78,7 @@ class MEME(Objective):
         estimator: Estimator = "resampled",
         cross_weight: float = 10.0,
         combination: Combination = "mixture",
+        inference: Combination | None = None,
         log_ratio: LogRatio = "closed_form",
         stop_gradient: bool = True,
     ):
@@ -86,6 +90,9 @@ class MEME(Objective):
         self.samples, self.cross_weight, self.pseudo_inputs = samples, cross_weight, pseudo_inputs
         self.estimator: Estimator = estimator
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
+        self.inference: Combination = inference or combination
+        if self.family is not DiagNormal and {self.combination, self.inference} != {"mixture"}:
+            raise ValueError(f"products need Normal posteriors, got {self.family.__name__}: take combination and inference 'mixture'")
         self.pseudo = torch.nn.ModuleDict({name: PseudoInputs(pseudo_inputs, m.feature) for name, m in modalities.items()})
 
     def initialise(self, batch: Batch) -> None:
@@ -100,9 +107,9 @@ class MEME(Objective):
         if len(batch.modalities) == 1:
             return type(q)(q.mean[0], q.scale[0])
         observed = batch.observed.T
-        if self.combination == "mixture":
+        if self.inference == "mixture":
             return Mixture(q, observed)
-        joint = product(q, observed[None], standard=self.combination == "product_with_standard")
+        joint = product(q, observed[None], standard=self.inference == "product_with_standard")
         return type(joint)(joint.mean[0], joint.scale[0])
 
     def prior(self) -> Components:

@@ -55,7 +55,7 @@ class MMVAEPlus(MMVAE):
         ratios = []
         for i, (name, q) in enumerate(own.items()):
             mine = samples[name][i]
-            if self.gradient == "dreg":
+            if self.gradient != "iwae":
                 q = self.family(q.mean.detach(), q.scale.detach())
             ratios.append(self.private_prior(name).log_prob(mine) - q.log_prob(mine))
         apart = {name: own.view_as(own) for name, own in samples.items()}  # nodes of their own, as z: dreg weighs the ratio by itself
@@ -63,8 +63,10 @@ class MMVAEPlus(MMVAE):
 
     def _double(self, samples: Samples, weight: Tensor) -> None:
         super()._double(samples, weight)
-        if self.gradient != "dreg":
+        if self.gradient == "iwae":
             return
+        if self.gradient == "unbiased_dreg":  # own latents come from the very density whose score is dropped: no other expert is involved
+            weight = 1 - self.beta * (1 - weight)  # the weight itself at beta = 1, where dreg is right about them
         scale_gradient(samples.ratio, weight)
         for j, private in enumerate(samples.private.values()):  # draws of r_j are not reparameterised posteriors: theirs stays as it is
             scale_gradient(private, torch.where(samples.source == j, weight, 1.0)[..., None])

@@ -71,13 +71,16 @@ class Model:
     cross_weight: float = 10.0
     """Weight of log q(target | source) in meme: 10 in the released code, 1 in the paper (where the cross gradient cancels)."""
     combination: Combination = "mixture"
-    """How several observed modalities combine (meme)."""
+    """How several observed modalities combine as a conditional prior (meme)."""
+    inference: Combination | None = None
+    """How several inputs combine when a trained meme is asked; by default as `combination`."""
     log_ratio: LogRatio = "closed_form"
     """KL in closed form where there is one, or the log-ratio at the samples, the paper's bound (meme)."""
     stop_gradient: bool = True
     """Stop the gradient of the importance weights (appendix B of the paper); released and rao_blackwell can do without (meme)."""
     gradient: Gradient = "dreg"
-    """That of the importance-weighted bound, or doubly reparameterised (mmvae, mmvaeplus)."""
+    """That of the importance-weighted bound (iwae), doubly reparameterised as published (dreg), or so without its bias, which is large
+    for many samples (unbiased_dreg) (mmvae, mmvaeplus)."""
     tight: bool = False
     """The bound over all samples of a row instead of the mean over its modalities (mmvae, mmvaeplus)."""
     resampled: bool = True
@@ -146,6 +149,7 @@ class Model:
             estimator=self.estimator,
             cross_weight=self.cross_weight,
             combination=self.combination,
+            inference=self.inference,
             log_ratio=self.log_ratio,
             stop_gradient=self.stop_gradient,
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import citeseq as rows
+from meme_dist.data.validation import with_validation
 from meme_dist.evaluate import Measures
 from meme_dist.objectives.base import Objective
 from meme_dist.recipes.base import Model, Recipe
@@ -16,6 +17,7 @@ def citeseq(
     source: Path,
     missing: float = 0.0,
     data_seed: int = 0,
+    validation: float = 0.0,
     model: Model = Model(latent_dim=16, pseudo_inputs=50, samples=5, combination="product"),
     training: Training = Training(steps=300, batch_size=64, learning_rate=1e-3, schedule="cosine", weight_decay=0.01, evaluate_every=50),
 ) -> Recipe:
@@ -27,10 +29,12 @@ def citeseq(
         source: Folder with citeseq_pbmc_eccite.npz.
         missing: Share of the training entries that are missing, up to 1/2 (each cell keeps one modality).
         data_seed: Seed of the rows' order and of what is missing in them; --seed leaves them as they are.
+        validation: Share of the training rows held out as the split validation, to watch the training and choose settings on.
         model: The objective and its size.
         training: How long and how fast.
     """
     dataset = rows.citeseq(source=source, missing=missing, seed=data_seed)
+    dataset = with_validation(dataset, validation, seed=data_seed)
 
     def build(manifest: Manifest) -> Objective:
         return model.build(modalities_for(manifest.fields, model, scale=1.0))

@@ -10,6 +10,8 @@ from meme_dist.recipes.base import Model, Recipe
 from meme_dist.recipes.networks import modalities_for
 from meme_dist.train.training import Training
 
+COMPONENTS = 40  # of canonical correlations between captions and the rest: Shi et al. 2019, Joy et al. 2022
+
 
 def cub(
     *,
@@ -40,4 +42,4 @@ def cub(
     def build(manifest: Manifest) -> Objective:
         return model.build(modalities_for(manifest.fields, model, scale=scale))
 
-    return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
+    return Recipe(build, training, dataset, measures=Measures(seed=training.seed, correlation_components=COMPONENTS))

@@ -6,6 +6,7 @@ from typing import Literal
 from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import mnist_meterdigits as rows
+from meme_dist.data.validation import with_validation
 from meme_dist.evaluate import Measures
 from meme_dist.likelihoods import Normal
 from meme_dist.modalities.image import conv
@@ -27,6 +28,7 @@ def mnist_meterdigits(
     always: Literal["split", "mnist", "photo", "spoken", "name"] = "split",
     unpaired: bool = True,
     pairing_seed: int = 0,
+    validation: float = 0.0,
     networks: Networks = "released",
     model: Model = RELEASED_MODEL,
     training: Training = RELEASED_TRAINING,
@@ -44,6 +46,8 @@ def mnist_meterdigits(
         always: Which modality the other rows keep: one of them always, or any with equal probability (split).
         unpaired: Train on those rows too; without them it is the control, pairs only.
         pairing_seed: Seed of the pairs and of their order in the shards; --seed leaves them as they are.
+        validation: Share of the training rows held out as the split validation, to watch the training and choose settings on; all rows of a
+            photograph are on one side.
         networks: For the two images: the networks of the released code, of the paper's appendix K, or with group norm for the photographs.
         model: The objective and its size.
         training: How long and how fast.
@@ -58,6 +62,7 @@ def mnist_meterdigits(
         unpaired=unpaired,
         seed=pairing_seed,
     )
+    dataset = with_validation(dataset, validation, seed=pairing_seed, apart="photo")
 
     def build(manifest: Manifest) -> Objective:
         weights = model.weights(manifest.fields)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import polymnist as rows
+from meme_dist.data.validation import with_validation
 from meme_dist.evaluate import Measures
 from meme_dist.likelihoods import Laplace
 from meme_dist.modalities.image import conv
@@ -21,6 +22,7 @@ def polymnist(
     rows_in_all: int = 20_000,
     missing: float = 0.0,
     data_seed: int = 0,
+    validation: float = 0.0,
     channels: tuple[int, ...] = (16, 32, 64),
     scale: float = 0.1,
     model: Model = Model(latent_dim=32, samples=3, combination="product"),
@@ -36,12 +38,14 @@ def polymnist(
         rows_in_all: Rows to train on, up to 60,000 (then five modalities fill 0.9 GB of shards).
         missing: Share of the training entries that are missing (each row keeps one modality).
         data_seed: Seed of the rows and of what is missing in them; --seed leaves them as they are.
+        validation: Share of the training rows held out as the split validation, to watch the training and choose settings on.
         channels: Of the convolutions, each of which halves the image; 32 64 128 is usual, and costs several times as much.
         scale: Scale of the images' Laplace likelihood, for pixels in [0, 1].
         model: The objective and its size.
         training: How long and how fast.
     """
     dataset = rows.polymnist(source=source, modalities=modalities, rows=rows_in_all, missing=missing, seed=data_seed)
+    dataset = with_validation(dataset, validation, seed=data_seed)
 
     def build(manifest: Manifest) -> Objective:
         weights = model.weights(manifest.fields)

@@ -5,15 +5,15 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from meme_dist.data.sets.planted import ceiling, planted, read
+from meme_dist.data.sets.planted import ceiling, planted, read, sampling_ceiling
 from meme_dist.data.shards import Dataset
 from tests.data.small import REAL, array, rows, signed_mnist
 
 needs_real_data = pytest.mark.skipif(not (REAL / "fashion_subset_20000_4000.npz").is_file(), reason="no real data in ../shared/data")
 
 
-def guessed(observed: int, noise: float, classes: int, trials: int = 200_000) -> float:
-    """How often the class with the highest posterior is right: simulated, ties broken at random."""
+def guessed(observed: int, noise: float, classes: int, trials: int = 200_000, *, drawn: bool = False) -> float:
+    """How often the class with the highest posterior is right: simulated, ties broken at random; or one drawn from the posterior."""
     rng = np.random.default_rng(1)
     y = rng.integers(classes, size=trials)
     log_posterior = rng.random((trials, classes)) * 1e-9
@@ -22,7 +22,7 @@ def guessed(observed: int, noise: float, classes: int, trials: int = 200_000) ->
         others = np.array([rng.integers(classes - 1, size=trials)])[0]
         seen = np.where(wrong, others + (others >= y), y)
         log_posterior += np.where(np.arange(classes) == seen[:, None], np.log(1 - noise), np.log(noise / (classes - 1)))
-    return float((log_posterior.argmax(1) == y).mean())
+    return float(((log_posterior + rng.gumbel(size=(trials, classes)) * drawn).argmax(1) == y).mean())
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,22 @@ def guessed(observed: int, noise: float, classes: int, trials: int = 200_000) ->
 def test_the_ceiling_is_how_often_a_bayesian_is_right(observed, noise, classes):
     exact = ceiling(observed, noise=noise, classes=classes)
     assert abs(guessed(observed, noise, classes) - exact) < 4 * sqrt(exact * (1 - exact) / 200_000)
+    exact = sampling_ceiling(observed, noise=noise, classes=classes)
+    assert abs(guessed(observed, noise, classes, drawn=True) - exact) < 4 * sqrt(exact * (1 - exact) / 200_000)
+
+
+def test_known_sampling_ceilings():
+    assert [sampling_ceiling(n, noise=0.3) for n in (0, 1)] == pytest.approx([0.1, 0.7**2 + 0.3**2 / 9])
+    assert sampling_ceiling(2, noise=0.3, classes=2) == pytest.approx((0.7**4 + 0.3**4) / (0.7**2 + 0.3**2) + 2 * 0.7 * 0.3 / 2)
+    assert sampling_ceiling(4, noise=0.0) == pytest.approx(1)  # no doubt: the ceiling itself
+    assert sampling_ceiling(5, noise=0.9) == pytest.approx(0.1)  # no evidence
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 0.7, 1.0])
+def test_the_sampling_ceiling_rises_with_more_views_and_stays_below_the_ceiling(noise):
+    values = [sampling_ceiling(n, noise=noise, classes=6) for n in range(8)]
+    assert (np.diff(values) > -1e-12).all() and values[-1] > values[0]
+    assert all(value < ceiling(n, noise=noise, classes=6) for n, value in enumerate(values) if n and noise < 1)
 
 
 def test_known_ceilings():
@@ -137,6 +153,8 @@ def test_impossible_keywords_are_refused(keywords, message):
 def test_impossible_ceilings_are_refused():
     with pytest.raises(ValueError, match="expected 0 observed views or more of 2 classes or more, got -1 of 10"):
         ceiling(-1, noise=0.3)
+    with pytest.raises(ValueError, match="0 observed views or more"):
+        sampling_ceiling(-1, noise=0.3)
 
 
 def test_a_file_without_some_class_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of coherence by the number of inputs: the mean of the entries, and an interval that knows that entries share rows."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import torch
 from PIL import Image
 
 from meme_dist import figures
+from meme_dist.compare import tabulation
+from meme_dist.compare.cells import Cell
+from meme_dist.compare.figures import curves
+from meme_dist.compare.tabulation import Run
 from meme_dist.data.fields import Field
 from meme_dist.evaluate import Measures, evaluate, flatten, measure
 from meme_dist.metrics import cross_coherence, jackknife, proportion, source_sets
 from meme_dist.metrics.by_inputs import GROUPS, coherence_by_inputs
 from meme_dist.metrics.coherence import cross_key
+from meme_dist.tables import tables
 from meme_dist.types import Sums
 from tests.planted import CLASSES, modality, planted, rows, shown
 
@@ -98,6 +104,7 @@ def test_ceilings_stand_beside_the_targets_that_have_one() -> None:
         likelihood_rows=0,
         imputation_rows=0,
         ceilings={"c": {1: 0.7, 2: 0.9}},
+        sampling_ceilings={"c": {2: 0.8}},
     )
     objective, classifiers = planted({name: modality() for name in "abc"}), dict.fromkeys("abc", shown)
     results = measure(
@@ -111,13 +118,16 @@ def test_ceilings_stand_beside_the_targets_that_have_one() -> None:
     ).results
     entries = results["coherence_by_inputs"]
     assert {(e["inputs"], e["target"]): e["ceiling"] for e in entries if "ceiling" in e} == {(1, "c"): 0.7, (2, "c"): 0.9}
+    assert {(e["inputs"], e["target"]): e["sampling_ceiling"] for e in entries if "sampling_ceiling" in e} == {(2, "c"): 0.8}
+    assert re.search(r"\(of 0\.700\)", tables(results)) and re.search(r"\(of 0\.800, 0\.900\)", tables(results))
     assert flatten(results)["coherence_by_inputs/2>c"] == flatten(results)["cross_coherence/a+b>c"]
     assert {"coherence_by_inputs/1", "coherence_by_inputs/2", "coherence_by_inputs/1>a"} <= set(flatten(results))
 
 
-def test_the_curve_shows_every_target_and_its_ceiling(tmp_path: Path) -> None:
-    line = [{"inputs": n, "target": "c", "value": n / 5, "low": n / 5 - 0.1, "high": n / 5 + 0.1, "ceiling": 0.9} for n in (1, 2, 3)]
-    bare = [{name: value for name, value in entry.items() if name != "ceiling"} for entry in line]
+@pytest.mark.parametrize("ceiling", ["ceiling", "sampling_ceiling"])
+def test_the_curve_shows_every_target_and_its_ceilings(tmp_path: Path, ceiling: str) -> None:
+    line = [{"inputs": n, "target": "c", "value": n / 5, "low": n / 5 - 0.1, "high": n / 5 + 0.1, ceiling: 0.9} for n in (1, 2, 3)]
+    bare = [{name: value for name, value in entry.items() if name != ceiling} for entry in line]
     pictures = []
     for number, entries in enumerate((line, bare)):
         figures.inputs_curve(tmp_path / f"{number}.png", entries)
@@ -125,3 +135,21 @@ def test_the_curve_shows_every_target_and_its_ceiling(tmp_path: Path) -> None:
     with_ceiling, without = pictures
     rows_of_change = np.flatnonzero((with_ceiling != without).any((1, 2)))
     assert with_ceiling.shape == without.shape and 1 <= np.ptp(rows_of_change) < 6  # one level dashed line, and nothing else
+
+
+def test_a_comparison_has_a_panel_for_every_target_with_a_known_ceiling(tmp_path: Path) -> None:
+    values = {f"coherence_by_inputs/{n}{to}": n / 10 + len(to) / 4 for n in (1, 2) for to in ("", ">c", ">d")}
+    measured = {name: {"models": {"m": {"value": x, "low": x, "high": x, "count": 3}}} for name, x in values.items()}
+    table = {"settings": [{"setting": {"noise": 0.3}, "measurements": measured}]}
+    entries = [{"inputs": n, "target": "c", "ceiling": 0.6 + n / 10, "sampling_ceiling": 0.5 + n / 10} for n in (1, 2)]
+    cell = Cell("m", {"noise": 0.3}, 0, {}, "m", "m")
+    run = Run(cell, {}, {"coherence_by_inputs": [*entries, {"inputs": 1, "target": "d"}, {"inputs": 1, "target": None}]}, tmp_path)
+    known = tabulation.ceilings([run])
+    assert known == {"noise=0.3, to c": {"ceiling": {1: 0.7, 2: 0.8}, "sampling_ceiling": {1: 0.6, 2: 0.7}}}
+    panels = tabulation.by_inputs(table, known)
+    lines = {panel: [(x, one.value) for x, one in line["m"]] for panel, line in panels.items()}
+    assert lines == {"noise=0.3": [(1, 0.1), (2, 0.2)], "noise=0.3, to c": [(1, 0.6), (2, 0.7)]}
+    curves(tmp_path / "a.png", panels, x="modalities given", ceilings=known)
+    curves(tmp_path / "b.png", panels, x="modalities given")
+    first, second = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in "ab")
+    assert first.shape == second.shape and (first != second).any()

@@ -74,11 +74,14 @@ TABLE: dict[str, dict[str, Case]] = {
         "tight": Case({"samples": 3, "tight": True}, "alone"),
         "iwae": Case({"samples": 3, "gradient": "iwae", "resampled": False}, "alone"),
         "full_tight": Case({"samples": 3, "tight": True, "resampled": False}, "alone"),
+        "unbiased": Case({"samples": 3, "gradient": "unbiased_dreg"}, families=BOTH),
+        "unbiased_tight": Case({"samples": 3, "gradient": "unbiased_dreg", "tight": True}),
     },
     "MMVAEPlus": {
         "looser": Case({"samples": 3, "learned_auxiliary": False}, "alone", private=1, families=BOTH),
         "tight": Case({"samples": 3, "tight": True, "learned_auxiliary": False}, "alone", private=1),
         "full": Case({"samples": 3, "resampled": False}, private=1),
+        "unbiased": Case({"samples": 3, "gradient": "unbiased_dreg"}, private=1),
     },
     "MVAE": {"one": Case({"beta": 1.0}, "factors"), "more": Case({"beta": 1.0, "subsets": 2}, "factors")},
     "MoPoE": {

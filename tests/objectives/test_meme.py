@@ -16,6 +16,7 @@ from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
 from meme_dist.objectives.meme import MEME
+from meme_dist.pooled import Pooled
 from meme_dist.types import pack, pack_dense
 
 EVENT, D = 3, 2
@@ -337,6 +338,27 @@ def test_every_parameter_has_a_gradient_for_every_pattern(estimator, single):
         objective.zero_grad()
         objective(pack_dense({n: torch.randn(4, EVENT).double() for n in observed}, observed, single=single)).total.backward()
         assert [n for n, p in objective.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+@pytest.mark.parametrize("inference", COMBINATIONS)
+def test_inference_may_combine_otherwise_than_training_does(inference):
+    """Asked with several inputs the model pools its posteriors as it is told to; its loss is that of its combination."""
+    torch.manual_seed(0)
+    asked = network_objective(3, samples=3, inference=inference)
+    trained = network_objective(3, samples=3)
+    trained.load_state_dict(asked.state_dict())
+    observed = {f"m{i}": torch.rand(30) < 0.7 for i in range(3)}
+    observed["m1"] |= ~(observed["m0"] | observed["m2"])
+    batch = pack_dense({n: torch.randn(30, EVENT).double() for n in observed}, observed)
+    z, expected = torch.randn(2, 30, asked.latent_dim).double(), Pooled(trained, inference).infer(batch)
+    torch.testing.assert_close(asked.infer(batch).log_prob(z), expected.log_prob(z), rtol=0, atol=1e-12)
+    torch.testing.assert_close(asked(batch).total, trained(batch).total, rtol=0, atol=0)
+
+
+def test_products_are_refused_for_laplaces_when_the_model_is_made():
+    for keywords in ({"combination": "product"}, {"inference": "product"}):
+        with pytest.raises(ValueError, match="products need Normal posteriors, got DiagLaplace"):
+            network_objective(3, DiagLaplace, **keywords)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -33,12 +33,16 @@ def citeseq(*, source: Path, missing: float = 0.0, seed: int = 0) -> Dataset:
         counts = read(split, source)
         order = generator(number, f"citeseq/{split}/order").permutation(len(counts["rna"]))
         observed = missing_at_random(len(order), len(counts), share, generator(number, f"citeseq/{split}/missing"))
-        for row, shown in zip(order, observed, strict=True):
-            held = [name for name, there in zip(counts, shown, strict=True) if there]
-            yield Row({name: torch.from_numpy(counts[name][row]) for name in held})
+        return _rows(counts, order, observed)
 
     fields = {name: Field(kind="counts", shape=(size,), codec="npy", likelihood="negative_binomial") for name, size in SIZES.items()}
     return Dataset("citeseq", fields, rows, (), {"source": str(source), "missing": missing, "seed": seed})
+
+
+def _rows(counts: dict[str, np.ndarray], order: np.ndarray, observed: np.ndarray) -> Iterator[Row]:
+    for row, shown in zip(order, observed, strict=True):
+        held = [name for name, there in zip(counts, shown, strict=True) if there]
+        yield Row({name: torch.from_numpy(counts[name][row]) for name in held})
 
 
 def read(split: str, source: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,8 @@
 
 Each view draws its own image, independently, and scrambles its pixels by a fixed permutation of its own, so that no two encoders can
 share anything. `ceiling` says how often the best guess of y is right; no model can beat it (sources -> target), and one that pools its
-sources must rise with their number.
+sources must rise with their number. `sampling_ceiling` says how often one draw of y from its exact posterior is right, which is what a
+perfect model reaches in cross coherence: that makes the target from one sample of z, not from the best guess.
 """
 
 from collections.abc import Iterator
@@ -87,19 +88,35 @@ def ceiling(observed: int, *, noise: float, classes: int = CLASSES) -> float:
 
         sum over s_1..s_n of  max_y  (1 / C)  prod_j  p(s_j | y);   p(s | y) = 1 - p if s = y, else p / (C - 1)
 
-    The sum goes over counts of each class, times the orders in which they come. Ties need no rule: any guess among the best is right
-    equally often. How many other sources there are, unobserved, does not matter. Raises ValueError for a number of views below 0, fewer
-    than two classes, and noise outside [0, 1].
+    Ties need no rule: any guess among the best is right equally often. How many other sources there are, unobserved, does not matter.
+    Raises ValueError for a number of views below 0, fewer than two classes, and noise outside [0, 1].
     """
+    return sum(orders * max(joint) for orders, joint in _evidence(observed, noise, classes))
+
+
+def sampling_ceiling(observed: int, *, noise: float, classes: int = CLASSES) -> float:
+    """The probability that a y drawn from p(y | what `observed` source views show) is right, for one who knows exactly what they show.
+
+        E sum_y p(y | s_1..s_n)^2  =  sum over s_1..s_n of  sum_y p(y, s_1..s_n)^2 / p(s_1..s_n)
+
+    At most `ceiling`, and equal to it where nothing is left to doubt. From one source (1 - p)^2 + p^2 / (C - 1). A model whose samples of
+    z make the target sharper than the posterior is, always the most probable class say, can exceed it; it cannot exceed `ceiling`.
+    Raises ValueError as `ceiling` does.
+    """
+    known = [(orders, joint) for orders, joint in _evidence(observed, noise, classes) if sum(joint) > 0]
+    return sum(orders * sum(p**2 for p in joint) / sum(joint) for orders, joint in known)
+
+
+def _evidence(observed: int, noise: float, classes: int) -> Iterator[tuple[int, list[float]]]:
+    """p(y, s_1..s_n) of every y, for counts of how often each class is shown, and in how many orders these can come."""
     if observed < 0 or classes < 2:
         raise ValueError(f"expected 0 observed views or more of 2 classes or more, got {observed} of {classes}")
     _check_noise(noise)
-    right, wrong, total = 1 - noise, noise / (classes - 1), 0.0
+    right, wrong = 1 - noise, noise / (classes - 1)
     for seen in combinations_with_replacement(range(classes), observed):
         counts = [seen.count(value) for value in range(classes)]
         orders = factorial(observed) // prod(map(factorial, counts))
-        total += orders * max(right**count * wrong ** (observed - count) for count in counts) / classes
-    return total
+        yield orders, [right**count * wrong ** (observed - count) / classes for count in counts]
 
 
 def shown(y: np.ndarray, noise: float, classes: int, rng: np.random.Generator) -> np.ndarray:

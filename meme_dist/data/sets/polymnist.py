@@ -53,10 +53,13 @@ def polymnist(*, source: Path, modalities: int = 5, rows: int = ALL_ROWS, missin
         order = generator(number, f"{place}/order").permutation(len(label))[:most]
         corner = generator(number, f"{place}/crops").random((len(order), modalities, 2))
         observed = missing_at_random(len(order), modalities, share, generator(number, f"{place}/missing"))
-        for row, shown, where in zip(order, observed, corner, strict=True):
+
+        def row(number: int, shown: np.ndarray, where: np.ndarray) -> Row:
             held = [column for column in range(modalities) if shown[column]]
-            images = {names[c]: composed(photos[c], mnist[f"x_{split}"][indices[names[c]][row]], where[c]) for c in held}
-            yield Row({name: torch.from_numpy(image) for name, image in images.items()}, int(label[indices[names[0]][row]]))
+            images = {names[c]: composed(photos[c], mnist[f"x_{split}"][indices[names[c]][number]], where[c]) for c in held}
+            return Row({name: torch.from_numpy(image) for name, image in images.items()}, int(label[indices[names[0]][number]]))
+
+        return map(row, order, observed, corner)
 
     field = Field(kind="image", shape=(3, SIDE, SIDE), codec="npy", likelihood="laplace")
     keywords = {"source": str(source), "modalities": modalities, "rows": rows, "missing": missing, "seed": seed}
