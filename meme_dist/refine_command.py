@@ -1,0 +1,134 @@
+"""`meme-dist refine RUN`: what refinement does to a trained run's codes, and missing entries filled in from refined codes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from meme_dist.data.stream import Evaluation
+from meme_dist.evaluate import Reduce, alone, evaluate
+from meme_dist.flags import parsed
+from meme_dist.impute import impute
+from meme_dist.mcmc import HMC, MALA, MAP, ULA, Kernel
+from meme_dist.metrics.coherence import Sources, source_sets
+from meme_dist.metrics.intervals import mean
+from meme_dist.metrics.rows import Metric, holds, joined, with_square
+from meme_dist.objectives.base import Objective
+from meme_dist.record import write_json
+from meme_dist.refine import Refining, refine
+from meme_dist.run_commands import _stored, _together
+from meme_dist.tables import estimate, table
+from meme_dist.types import Batch, Sums
+
+ROWS = 256  # of a batch
+WHEN = ("before", "after", "gain")
+
+
+def main(words: list[str]) -> int:
+    """`refine RUN`."""
+    from tyro.conf import Positional
+
+    def command(
+        run: Positional[str],
+        kernel: Literal["mala", "hmc", "ula", "map"] = "mala",
+        budget: int = 200,
+        leapfrogs: int = 5,
+        temper: dict[str, float] | None = None,
+        rows: int = 256,
+        shards: str | None = None,
+        out: Path | None = None,
+        seed: int = 0,
+        checkpoint: Literal["last", "best"] = "last",
+    ) -> int:
+        """Move codes towards the model's exact posterior by Markov chains, and measure what that does to test rows: to their log joint, and
+        to what their codes say of the other modalities. With --shards and --out missing entries are filled in from refined codes, too.
+
+        Args:
+            run: Name of the run, or the path of its folder.
+            kernel: Langevin with a test (mala), Hamiltonian (hmc), Langevin without (ula), or ascent to the mode (map).
+            budget: Gradient evaluations of each row.
+            leapfrogs: Gradients of a step of hmc.
+            temper: Below 1 to trust a modality less, by name: --temper photo 0.1.
+            rows: Test rows that are measured.
+            shards: Folder, or address, of shards to fill in.
+            out: New folder for the completed shards.
+            seed: Seed of the draws.
+            checkpoint: The last weights, or those with the lowest held-out loss.
+        """
+        if (shards is None) != (out is None):
+            raise ValueError("refine: --shards and --out go together: what to fill in, and where to write it")
+        chosen: Kernel = {"mala": MALA, "hmc": HMC(leapfrogs), "ula": ULA(), "map": MAP(rate=1.0)}[kernel]
+
+        def work(processes: Any) -> None:
+            stored = _stored(run, checkpoint, processes)
+            split = Evaluation(stored.manifest.folder, "test", batch_size=ROWS, rank=processes.rank, world=processes.world, seed=seed)
+            sources = source_sets(list(stored.manifest.fields))
+            metric = refinement(sources, rows=rows, kernel=chosen, budget=budget, temper=temper or {})
+            entries = measured(stored.objective, split, metric, reduce=processes.reduce)
+            if processes.is_main:
+                write_json(stored.folder / f"refined-{kernel}-{budget}.json", {"step": stored.step, "refinement": entries})
+                print(shown(entries))
+            if shards is not None and out is not None:
+                model = Refining(stored.objective, kernel=chosen, budget=budget, temper=temper or {})
+                filled = impute(model, stored.manifest.fields, shards, out, seed=seed, processes=processes)
+                if processes.is_main:
+                    print(
+                        "\n".join(f"{out}: {name}, {part.rows:,} rows: {part.filled:,} entries filled in" for name, part in filled.items())
+                    )
+
+        return _together(work)
+
+    return parsed(command, words, "refine")
+
+
+def refinement(sources: Sequence[Sources], *, rows: int, kernel: Kernel, budget: int, temper: Mapping[str, float]) -> Metric:
+    """Before and after refinement, from each set of sources: the log target, and log p(x_target | z) of each modality outside.
+
+    One chain a row, of the rows below `rows` that hold the sources (and the target). Targets with latents of their own are left out: what
+    the sources say of those is their prior, refined or not.
+    """
+
+    def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
+        sums: dict[str, Sums] = {}
+        for chosen in sources:
+            own = {name: value for name, value in temper.items() if name in chosen}
+            found = refine(objective, batch.only(*chosen), kernel=kernel, budget=budget, temper=own)
+            wanted = holds(batch, chosen) & (batch.draw < rows)
+            sums |= _compared(f"{joined(chosen)}", found.before[0][wanted], found.after[0][wanted])
+            for name in batch.modalities:
+                if name not in chosen and not objective.modality(name).private_dim:
+                    both = torch.cat([found.first, found.z])[None]
+                    before, after = objective.explanations(batch.only(name), both)[0, 0] / objective.modality(name).weight
+                    counted = wanted & holds(batch, [name])
+                    sums |= _compared(f"{joined(chosen)}>{name}", before[counted], after[counted])
+        return sums
+
+    return metric
+
+
+def _compared(key: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, Sums]:
+    pairs = zip(WHEN, (before, after, after - before), strict=True)
+    return {name: sums for when, values in pairs for name, sums in with_square(f"{key}/{when}", values).items()}
+
+
+def measured(objective: Objective, batches: Evaluation, metric: Metric, *, reduce: Reduce = alone) -> list[dict[str, Any]]:
+    """[{"sources", "target" (null: the log target itself), "before", "after", "gain": estimates in nats a row}]. Collective."""
+    sums = evaluate(objective, batches, [metric], reduce=reduce)
+    keys = dict.fromkeys(name.rpartition("/before")[0] for name in sums if name.endswith("/before"))
+    entries = []
+    for key in keys:
+        sources, _, target = key.partition(">")
+        values = {when: mean(sums[f"{key}/{when}"], sums[f"{key}/{when}/square"]).json() for when in WHEN}
+        entries.append({"sources": sources.split("+"), "target": target or None, **values})
+    return entries
+
+
+def shown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The entries as a table."""
+    lines = [
+        [" + ".join(entry["sources"]), entry["target"] or "*log target*", *(estimate(entry[when], digits=1) for when in WHEN)]
+        for entry in entries
+    ]
+    said = "Nats a row: the log target that the chains climb, and log p(x | z) of modalities that were not shown."
+    return f"{said}\n\n{table(['from', 'of', *WHEN], lines)}"
