@@ -36,6 +36,14 @@ class Posterior(Protocol):
     def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]: ...
 
 
+@runtime_checkable
+class Prior(Protocol):
+    """What new rows are generated from: one density over z, the same for every row."""
+
+    def sample(self, noise: Noise, purpose: str, num: int) -> Float[Tensor, "num B D"]: ...
+    def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]: ...
+
+
 class DiagNormal(NamedTuple):
     """Independent Normals: prod_d N(z_d; mean_d, scale_d^2)."""
 

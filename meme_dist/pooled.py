@@ -14,7 +14,7 @@ test time: its experts were never multiplied in training, so nothing made them s
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
-from meme_dist.distributions import Components, DiagNormal, Diagonal, Mixture, Posterior, holder_pool, product
+from meme_dist.distributions import DiagNormal, Diagonal, Mixture, Posterior, Prior, holder_pool, product
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Loss
@@ -55,7 +55,7 @@ class Pooled(Objective):
                 joint = product(q, observed[None], standard=self.pool == "product_with_standard")
                 return type(joint)(joint.mean[0], joint.scale[0])
 
-    def prior(self) -> Components:
+    def prior(self) -> Prior:
         """The objective's."""
         return self.objective.prior()
 

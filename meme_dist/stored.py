@@ -55,7 +55,7 @@ def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None 
 
 def pooled(stored: Stored, pool: Pool, processes: Processes = ALONE) -> Stored:
     """The same run asked another way, in a folder of its own within the run's (pooled-POOL, with the run's run.json). Collective."""
-    return _within(stored, f"pooled-{pool}", processes)._replace(objective=Pooled(stored.objective, pool))
+    return within(stored, f"pooled-{pool}", processes)._replace(objective=Pooled(stored.objective, pool))
 
 
 def on_split(stored: Stored, split: str, processes: Processes = ALONE) -> Stored:
@@ -66,7 +66,7 @@ def on_split(stored: Stored, split: str, processes: Processes = ALONE) -> Stored
     if split not in (splits := stored.manifest.splits):
         known = ", ".join(splits)
         raise ValueError(f"{stored.folder}: there is no split {split!r} (it has {known}); recipes hold rows out with --validation .1")
-    return stored if split == "test" else _within(stored, on(split), processes)
+    return stored if split == "test" else within(stored, on(split), processes)
 
 
 def on(split: str) -> str:
@@ -74,7 +74,8 @@ def on(split: str) -> str:
     return f"on-{split}"
 
 
-def _within(stored: Stored, name: str, processes: Processes) -> Stored:
+def within(stored: Stored, name: str, processes: Processes = ALONE) -> Stored:
+    """The same run, with a folder of its own within the run's to write to (and the run's run.json in it). Collective."""
     folder = stored.folder / name
     with processes.agreed():
         if processes.is_main:

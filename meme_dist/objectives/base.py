@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from meme_dist.distributions import Components, Diagonal, Posterior
+from meme_dist.distributions import Diagonal, Posterior, Prior
 from meme_dist.modality import Modality, same_family, stack
 from meme_dist.noise import Noise
 from meme_dist.types import Batch, Loss, Packed
@@ -64,7 +64,7 @@ class Objective(nn.Module, ABC):
         """q(z | what each row observes)."""
 
     @abstractmethod
-    def prior(self) -> Components:
+    def prior(self) -> Prior:
         """The generative prior p(z), for joint samples and likelihoods."""
 
     @abstractmethod
