@@ -2,7 +2,21 @@
 
 import tyro
 
-from benchmarks import estimators, faults, graphs, kernels, modality_parallel, peers, references, scaling, step, stream
+from benchmarks import (
+    attributes,
+    contrastive,
+    estimators,
+    faults,
+    graphs,
+    kernels,
+    modality_parallel,
+    peers,
+    references,
+    refinement,
+    scaling,
+    step,
+    stream,
+)
 
 MAINS = {
     "kernels": kernels.main,
@@ -14,7 +28,10 @@ MAINS = {
     "faults": faults.main,
     "references": references.main,
     "peers": peers.main,
+    "attributes": attributes.main,
     "graphs": graphs.main,
+    "contrastive": contrastive.main,
+    "refinement": refinement.main,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `meme-dist train | evaluate | generate | impute | export | compare | ablate | shards | recipes | doctor`.
+"""The command line: `meme-dist train`, `evaluate`, `generate` and the other commands that HELP lists.
 
 A recipe's keywords are its flags. Everything heavy is imported by the command that needs it, so that `--help` answers at once.
 """
@@ -23,7 +23,10 @@ Multimodal VAEs by mutual supervision: train on rows with missing modalities, ge
   train RECIPE          train a recipe, then evaluate it          {PROGRAM} train digits --missing 0.3
   evaluate RUN          measure a run again                       {PROGRAM} evaluate runs/NAME
   generate RUN          draw new rows                             {PROGRAM} generate runs/NAME --num 64
+  edit RUN              set attributes of rows, keep the rest     {PROGRAM} edit runs/NAME --set thick=1
   impute RUN            fill in what is missing                   {PROGRAM} impute runs/NAME --shards FOLDER --out FOLDER
+  refine RUN            codes nearer to the exact posterior       {PROGRAM} refine runs/NAME --budget 200
+  reweight RUN          fit its prior to its posteriors           {PROGRAM} reweight runs/NAME
   export RUN            its weights as one safetensors file       {PROGRAM} export runs/NAME --out FILE
   compare RECIPE        models x settings x seeds, one report     {PROGRAM} compare digits --models meme mmvae --out FOLDER
   ablate RECIPE         a model, one part changed at a time       {PROGRAM} ablate digits --out FOLDER
@@ -59,7 +62,10 @@ def _command(words: list[str]) -> int:
         "train": train,
         "evaluate": evaluate,
         "generate": generate,
+        "edit": edit,
         "impute": impute,
+        "refine": refine,
+        "reweight": reweight,
         "export": export,
         "compare": compare,
         "ablate": ablate,
@@ -110,6 +116,27 @@ def ablate(words: list[str]) -> int:
     from meme_dist.compare.command import main
 
     return main("ablate", words)
+
+
+def refine(words: list[str]) -> int:
+    """`refine RUN ...`."""
+    from meme_dist.refine_command import main
+
+    return main(words)
+
+
+def reweight(words: list[str]) -> int:
+    """`reweight RUN ...`."""
+    from meme_dist.reweight_command import main
+
+    return main(words)
+
+
+def edit(words: list[str]) -> int:
+    """`edit RUN --set ATTRIBUTE=VALUE`."""
+    from meme_dist.edit_command import main
+
+    return main(words)
 
 
 def _train_help() -> int:

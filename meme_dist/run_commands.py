@@ -9,6 +9,8 @@ from rich.console import Console
 
 from meme_dist.flags import parsed
 
+Prior = Literal["own", "reweighted", "reweighted_langevin"]
+
 
 def evaluate(words: list[str]) -> int:
     """`evaluate RUN`."""
@@ -20,6 +22,7 @@ def evaluate(words: list[str]) -> int:
         seed: int | None = None,
         judge: str | None = None,
         pool: Literal["own", "mixture", "product", "product_with_standard", "holder"] = "own",
+        prior: Prior = "own",
         split: str = "test",
         correlation: int | None = None,
         information: int | None = None,
@@ -33,6 +36,7 @@ def evaluate(words: list[str]) -> int:
             seed: Seed of the draws; by default the run's.
             judge: Another run whose data trains the classifiers: the same judges for runs on different shares of the rows.
             pool: How several inputs combine: as the model was made to, or another way (docs/objectives.md), measured into RUN/pooled-POOL.
+            prior: The model's, or the one that `reweight` fitted, by resampling or by Langevin chains, measured into RUN/reweighted.
             split: Whose rows: test, or another one (validation, where rows were held out for it), measured into RUN/on-SPLIT.
             correlation: Components of the canonical correlations between modalities, 40 in the papers; by default the recipe's, 0 for none.
             information: Rows of the mutual-information scores, 2000 say; by default the recipe's, 0 for none.
@@ -44,8 +48,11 @@ def evaluate(words: list[str]) -> int:
             stored = _stored(run, checkpoint, processes)
             judges = None if judge is None else _stored(judge, checkpoint, processes).manifest
             console = Console(highlight=False)
+            if pool != "own" and prior != "own":
+                raise ValueError("a ratio is fitted to the model's own posteriors: give --pool or --prior, not both")
             if pool != "own":
                 stored = pooled(stored, pool, processes)
+            stored = _with_prior(stored, prior, checkpoint, processes)
             stored = on_split(stored, split, processes)
             assess_stored(
                 stored,
@@ -68,7 +75,13 @@ def generate(words: list[str]) -> int:
     """`generate RUN`."""
 
     def command(
-        run: tyro.conf.Positional[str], num: int = 64, out: Path | None = None, seed: int = 0, checkpoint: Literal["last", "best"] = "last"
+        run: tyro.conf.Positional[str],
+        num: int = 64,
+        out: Path | None = None,
+        seed: int = 0,
+        checkpoint: Literal["last", "best"] = "last",
+        prior: Prior = "own",
+        set: tuple[str, ...] = (),
     ) -> int:
         """Draw new rows, every modality of each, from the generative prior: a picture and a safetensors file.
 
@@ -78,12 +91,21 @@ def generate(words: list[str]) -> int:
             out: New folder for them; by default generated-SEED in the run's folder.
             seed: Seed of the draws.
             checkpoint: The last weights, or those with the lowest held-out loss.
+            prior: The model's, or the one that `reweight` fitted, by resampling or by Langevin chains.
+            set: Attributes that all rows are to have, for example thick=1 leaning=0 (csvae).
         """
         from meme_dist.draws import save_draws
 
         def work(processes: Any) -> None:
-            stored = _stored(run, checkpoint, processes)
-            folder = out or stored.folder / f"generated-{seed}"
+            if set and prior != "own":
+                raise ValueError("attributes are set in the model's own prior: give --set or --prior, not both")
+            stored = _with_prior(_stored(run, checkpoint, processes), prior, checkpoint, processes)
+            folder = out or stored.folder / "-".join(["generated", *set, str(seed)])
+            if set:
+                from meme_dist.edit import given, wanted
+
+                with processes.agreed():
+                    stored = given(stored, wanted(stored, set))
             for path in save_draws(stored, folder, num=num, seed=seed, processes=processes):
                 if processes.is_main:
                     print(path)
@@ -161,3 +183,9 @@ def _stored(run: str, checkpoint: str, processes: Any):
     with processes.agreed():
         found = stored.load(run_folder(run), checkpoint=checkpoint, device=processes.device)
     return found
+
+
+def _with_prior(stored: Any, prior: Prior, checkpoint: str, processes: Any):
+    from meme_dist.stored_ratio import reweighted
+
+    return stored if prior == "own" else reweighted(stored, checkpoint, langevin=prior == "reweighted_langevin", processes=processes)

@@ -16,10 +16,12 @@ from meme_dist.recipes.enas import enas
 from meme_dist.recipes.keywords import with_defaults
 from meme_dist.recipes.linear_gaussian import linear_gaussian
 from meme_dist.recipes.mfeat import mfeat
+from meme_dist.recipes.mnist_attributes import mnist_attributes
 from meme_dist.recipes.mnist_meterdigits import mnist_meterdigits
 from meme_dist.recipes.mnist_svhn import BEST_MODEL, BEST_TRAINING, PAPER_MODEL, mnist_svhn
 from meme_dist.recipes.planted import planted
 from meme_dist.recipes.polymnist import polymnist
+from meme_dist.recipes.swiss_roll import swiss_roll
 from meme_dist.recipes.tcga import tcga
 
 RECIPES: Mapping[str, Callable[..., Recipe]] = {
@@ -62,4 +64,6 @@ RECIPES: Mapping[str, Callable[..., Recipe]] = {
     "asia": asia,
     "dags": dags,
     "linear_gaussian": linear_gaussian,
+    "swiss_roll": swiss_roll,
+    "mnist_attributes": mnist_attributes,
 }

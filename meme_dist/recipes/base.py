@@ -14,6 +14,7 @@ from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal
 from meme_dist.evaluate import Measures
 from meme_dist.modality import Modality, balanced_weights, softmax_scale, softplus_scale
 from meme_dist.objectives.base import Objective
+from meme_dist.objectives.csvae import CSVAE, Independence
 from meme_dist.objectives.holder import Holder
 from meme_dist.objectives.jmvae import JMVAE
 from meme_dist.objectives.meme import MEME, Combination, Estimator, LogRatio
@@ -45,7 +46,7 @@ class Recipe:
             raise ValueError("a recipe needs a data set to write or a folder of shards that exists: exactly one of the two")
 
 
-Name = Literal["meme", "mvae", "mmvae", "mmvaeplus", "mopoe", "mvtcae", "jmvae", "mmvm", "holder"]
+Name = Literal["meme", "mvae", "mmvae", "mmvaeplus", "mopoe", "mvtcae", "jmvae", "mmvm", "holder", "csvae"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ class Model:
     """mvtcae: share of the total correlation (.9); jmvae: weight of the single encoders (.1); mmvm: of the standard prior (0)."""
     subsets: int | None = None
     """Random subsets of a row: mvae's extra bounds (1 from three modalities on), mopoe's divergences (all up to N = 12)."""
+    independence: Independence = "reversal"
+    """How the free latents are kept from knowing the labels (csvae)."""
+    independence_weight: float = 10.0
+    """Weight of that; 0 leaves it to the conditional priors alone (csvae)."""
+    block_weight: float = 10.0
+    """Weight of the KL of the labels' latents: the price of what they know beside their label (csvae)."""
     likelihood_weight: float = 1.0
     """Multiplies every modality's log-likelihood: 20 does what a Laplace scale of 1/20 does, sharper images for a looser match of the
     posteriors. At 1 the bound is one on the evidence of the likelihoods as they are."""
@@ -140,6 +147,8 @@ class Model:
                 return MMVM(modalities, **_given(alpha=self.alpha, beta=self.beta))
             case "holder":
                 return Holder(modalities, resampled=self.resampled, **_given(beta=self.beta))
+            case "csvae":
+                return self._csvae(modalities)
 
     def _meme(self, modalities: Mapping[str, Modality]) -> MEME:
         return MEME(
@@ -152,6 +161,15 @@ class Model:
             inference=self.inference,
             log_ratio=self.log_ratio,
             stop_gradient=self.stop_gradient,
+        )
+
+    def _csvae(self, modalities: Mapping[str, Modality]) -> CSVAE:
+        return CSVAE(
+            modalities,
+            block_weight=self.block_weight,
+            independence=self.independence,
+            independence_weight=self.independence_weight,
+            **_given(beta=self.beta),
         )
 
     def _weighted(self) -> dict[str, Any]:

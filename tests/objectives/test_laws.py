@@ -95,6 +95,7 @@ TABLE: dict[str, dict[str, Case]] = {
         "mixture": Case({"alpha": 0.3, "divergence": "mixture"}, evidence=_own_evidences, families=BOTH),
         "standard": Case({"alpha": 1.0}, "alone", evidence=_own_evidences),
     },
+    "CSVAE": {"no attributes": Case({"block_weight": 1.0}, "alone")},  # with attributes: test_csvae.py
     "Holder": {"resampled": Case({}, "alone"), "full": Case({"resampled": False}, "alone")},
 }
 
