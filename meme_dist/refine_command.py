@@ -17,7 +17,7 @@ from meme_dist.metrics.rows import Metric, holds, joined, with_square
 from meme_dist.objectives.base import Objective
 from meme_dist.record import write_json
 from meme_dist.refine import Refining, refine
-from meme_dist.run_commands import _stored, _together
+from meme_dist.run_commands import find, together
 from meme_dist.tables import estimate, table
 from meme_dist.types import Batch, Sums
 
@@ -61,7 +61,7 @@ def main(words: list[str]) -> int:
         chosen: Kernel = {"mala": MALA, "hmc": HMC(leapfrogs), "ula": ULA(), "map": MAP(rate=1.0)}[kernel]
 
         def work(processes: Any) -> None:
-            stored = _stored(run, checkpoint, processes)
+            stored = find(run, checkpoint, processes)
             split = Evaluation(stored.manifest.folder, "test", batch_size=ROWS, rank=processes.rank, world=processes.world, seed=seed)
             sources = source_sets(list(stored.manifest.fields))
             metric = refinement(sources, rows=rows, kernel=chosen, budget=budget, temper=temper or {})
@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
                         "\n".join(f"{out}: {name}, {part.rows:,} rows: {part.filled:,} entries filled in" for name, part in filled.items())
                     )
 
-        return _together(work)
+        return together(work)
 
     return parsed(command, words, "refine")
 

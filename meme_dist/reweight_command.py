@@ -5,6 +5,7 @@ from typing import Any, Literal
 import tyro
 
 from meme_dist.flags import PROGRAM, parsed
+from meme_dist.run_commands import find, together
 
 FEW = 0.01  # share of the proposals: below it resampled draws repeat a handful of them
 
@@ -46,27 +47,21 @@ def main(words: list[str]) -> int:
             clip: A proposal's weight counts at most as this many times the mean weight.
             seed: Seed of the draws and of the classifier's weights.
         """
-        from meme_dist import stored
-        from meme_dist.ranks import Elsewhere, joined
         from meme_dist.ratio import Contrast
         from meme_dist.reweighted import Resample
-        from meme_dist.run import ranks, run_folder
         from meme_dist.stored_ratio import fit_stored
 
         contrast = Contrast(
             bound=bound, stages=stages, smoothing=smoothing, penalty=penalty, steps=steps, width=width, seed=seed, proposals=proposals
         )
-        try:
-            with joined(*ranks()) as processes:
-                with processes.agreed():
-                    found = stored.load(run_folder(run), checkpoint=checkpoint, device=processes.device)
-                sampler = Resample(proposals, clip)
-                about = fit_stored(found, checkpoint, contrast, sampler, rows=rows, draws=draws, processes=processes)
-                if processes.is_main:
-                    print(told(run, about))
-        except Elsewhere:
-            return 2
-        return 0
+
+        def work(processes: Any) -> None:
+            found, sampler = find(run, checkpoint, processes), Resample(proposals, clip)
+            about = fit_stored(found, checkpoint, contrast, sampler, rows=rows, draws=draws, processes=processes)
+            if processes.is_main:
+                print(told(run, about))
+
+        return together(work)
 
     return parsed(command, words, "reweight")
 

@@ -45,8 +45,8 @@ def evaluate(words: list[str]) -> int:
         from meme_dist.stored import on_split, pooled
 
         def work(processes: Any) -> None:
-            stored = _stored(run, checkpoint, processes)
-            judges = None if judge is None else _stored(judge, checkpoint, processes).manifest
+            stored = find(run, checkpoint, processes)
+            judges = None if judge is None else find(judge, checkpoint, processes).manifest
             console = Console(highlight=False)
             if pool != "own" and prior != "own":
                 raise ValueError("a ratio is fitted to the model's own posteriors: give --pool or --prior, not both")
@@ -66,7 +66,7 @@ def evaluate(words: list[str]) -> int:
                 information=information,
             )
 
-        return _together(work)
+        return together(work)
 
     return parsed(command, words, "evaluate")
 
@@ -99,7 +99,7 @@ def generate(words: list[str]) -> int:
         def work(processes: Any) -> None:
             if set and prior != "own":
                 raise ValueError("attributes are set in the model's own prior: give --set or --prior, not both")
-            stored = _with_prior(_stored(run, checkpoint, processes), prior, checkpoint, processes)
+            stored = _with_prior(find(run, checkpoint, processes), prior, checkpoint, processes)
             folder = out or stored.folder / "-".join(["generated", *set, str(seed)])
             if set:
                 from meme_dist.edit import given, wanted
@@ -110,7 +110,7 @@ def generate(words: list[str]) -> int:
                 if processes.is_main:
                     print(path)
 
-        return _together(work)
+        return together(work)
 
     return parsed(command, words, "generate")
 
@@ -131,12 +131,12 @@ def impute(words: list[str]) -> int:
         from meme_dist.impute import impute
 
         def work(processes: Any) -> None:
-            stored = _stored(run, checkpoint, processes)
+            stored = find(run, checkpoint, processes)
             for split, filled in impute(stored.objective, stored.manifest.fields, shards, out, seed=seed, processes=processes).items():
                 if processes.is_main:
                     print(f"{out}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
 
-        return _together(work)
+        return together(work)
 
     return parsed(command, words, "impute")
 
@@ -163,7 +163,7 @@ def export(words: list[str]) -> int:
     return parsed(command, words, "export")
 
 
-def _together(work: Callable[[Any], None]) -> int:
+def together(work: Callable[[Any], None]) -> int:
     """Do one thing on every process that a launcher started; 2 where another one failed, which says why."""
     from meme_dist.ranks import Elsewhere, joined
     from meme_dist.run import ranks
@@ -176,7 +176,8 @@ def _together(work: Callable[[Any], None]) -> int:
     return 0
 
 
-def _stored(run: str, checkpoint: str, processes: Any):
+def find(run: str, checkpoint: str, processes: Any):
+    """A trained run, by its name or folder, on every process; where one cannot load it all of them stop."""
     from meme_dist import stored
     from meme_dist.run import run_folder
 
