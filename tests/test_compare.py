@@ -236,6 +236,13 @@ def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() 
     assert tabulation.derived(results) == expected
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.toml")), ids=lambda path: path.stem)
+def test_published_plans_are_still_understood(path: Path) -> None:
+    """What made the figures of docs/results.md can be asked for again."""
+    plan = cells.load(path)
+    assert len(plan.cells()) == len(plan.models) * len(plan.seeds) > 2
+
+
 # ---- running, with processes that only pretend to train ------------------------------------------------------------------------------
 
 

@@ -323,6 +323,17 @@ def test_every_parameter_has_a_gradient_for_every_pattern(independence: str) -> 
         assert missing == [], pattern
 
 
+@pytest.mark.parametrize("weight", ["beta", "block_weight", "independence_weight"])
+@pytest.mark.parametrize("independence", INDEPENDENCE)
+def test_every_weight_that_can_be_set_changes_the_gradient(independence: str, weight: str) -> None:
+    objective, (data, observed) = build(independence), some_rows(30)
+    grads = []
+    for value in (0.2, 0.9):
+        setattr(objective, weight, value)
+        grads.append(gradient(objective, of_rows(data, observed, slice(0, 30)))[1])
+    assert (grads[1] - grads[0]).norm() > 1e-6 * grads[0].norm()  # the blocks' terms are large here; rounding is 1e-16
+
+
 @pytest.mark.parametrize("independence", INDEPENDENCE)
 def test_a_batch_split_in_two_has_the_same_loss_and_gradient(independence: str) -> None:
     """HSIC too, where its blocks of 64 rows stay whole: here the border is row 64 of the step."""

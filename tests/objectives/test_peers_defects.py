@@ -37,11 +37,15 @@ from tests.trainings import PATTERNS, Rows
 from tests.trainings import build as build_tiny
 
 MIXTURES = [p for p in FIRST if p.id in ("MEME", "MMVAE", "MMVAEPlus", "MMVM")]
+OF_ATTRIBUTES = [
+    ("CSVAE", "block_weight"),
+    ("CSVAE", "independence_weight"),
+]  # the table has none: tests/objectives/test_csvae.py has the law
 NUMBERS = [
     (name, keyword)
     for name, kind in CLASSES.items()
     for keyword, parameter in inspect.signature(kind).parameters.items()
-    if isinstance(parameter.default, float)
+    if isinstance(parameter.default, float) and (name, keyword) not in OF_ATTRIBUTES
 ]
 
 
