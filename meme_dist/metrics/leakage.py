@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from meme_dist.metrics.intervals import Estimate, mean, proportion
 from meme_dist.metrics.latents import collect
+from meme_dist.metrics.probes import descend, shuffled
 from meme_dist.metrics.rows import add_up, device_of, evaluating, noise_of, on_device, share, with_square
 from meme_dist.modalities.attribute import Attribute
 from meme_dist.objectives.csvae import CSVAE
@@ -59,13 +59,9 @@ def fit_perceptron(
     probe = nn.Sequential(_Standardised(middle, spread), linear[0], nn.SiLU(), linear[1], nn.SiLU(), linear[2])
     optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(z) // batch_size))
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(z), generator=generator).split(batch_size):
-                optimizer.zero_grad()
-                cross_entropy(probe(z[chosen]), label[chosen]).backward()
-                optimizer.step()
-                schedule.step()
+    for chosen in shuffled(len(z), epochs, batch_size, generator):
+        descend(probe, optimizer, z[chosen], label[chosen])
+        schedule.step()
     return probe.requires_grad_(False)
 
 

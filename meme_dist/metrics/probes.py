@@ -4,7 +4,7 @@ The paper's protocol is the default, `fit_linear`: one linear layer on samples z
 tested on samples too. One difference: each row's sample is drawn once, not anew every epoch. `fit_logistic` is the converged alternative.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,20 @@ from meme_dist.metrics.rows import share
 
 Fit = Callable[[Float[Tensor, "R D"], Int[Tensor, " R"], int], nn.Linear]
 """From samples, labels and the number of classes to a linear classifier."""
+
+
+def shuffled(rows: int, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Int[Tensor, " R"]]:
+    """The numbers of the rows of each batch, all rows anew in every epoch."""
+    for _ in range(epochs):
+        yield from torch.randperm(rows, generator=generator).split(batch_size)
+
+
+def descend(probe: nn.Module, optimizer: torch.optim.Optimizer, z: Float[Tensor, "R D"], label: Int[Tensor, " R"]) -> None:
+    """One step down the cross entropy of these rows."""
+    with torch.enable_grad():
+        optimizer.zero_grad()
+        cross_entropy(probe(z), label).backward()
+        optimizer.step()
 
 
 def fit_linear(
@@ -33,12 +47,8 @@ def fit_linear(
     generator = torch.Generator().manual_seed(seed)
     probe = _blank(z.shape[1], classes)
     optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(z), generator=generator).split(batch_size):
-                optimizer.zero_grad()
-                cross_entropy(probe(z[chosen]), label[chosen]).backward()
-                optimizer.step()
+    for chosen in shuffled(len(z), epochs, batch_size, generator):
+        descend(probe, optimizer, z[chosen], label[chosen])
     return probe.requires_grad_(False)
 
 
