@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meme_dist.data.graph_codec import END, START, Graph, check, to_array, to_graph
 from meme_dist.distributions import DiagLaplace
 from meme_dist.modalities.graph import GraphLikelihood, agreement, graph
-from meme_dist.modalities.graph_codec import END, START, Graph, check, to_array, to_graph
 from meme_dist.modalities.graph_types import Embedding, Factored, OneHot, Types
 from meme_dist.modalities.vector import mlp
 from meme_dist.modality import Modality

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meme_dist.data.fields import Field
+from meme_dist.data.graph_codec import Graph, check, to_array
 from meme_dist.data.sets import asia, dags, enas
 from meme_dist.data.sets._graphs import parts
 from meme_dist.data.shards import Dataset, Row, check_shards, write_shards
@@ -17,7 +18,6 @@ from meme_dist.data.stream import Evaluation
 from meme_dist.evaluate import evaluate
 from meme_dist.metrics import gaussian_process, graphs
 from meme_dist.modalities.graph import graph
-from meme_dist.modalities.graph_codec import Graph, check, to_array
 from meme_dist.modalities.graph_types import Embedding
 from meme_dist.modalities.vector import mlp
 from meme_dist.objectives.meme import MEME

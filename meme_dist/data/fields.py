@@ -22,7 +22,7 @@ from jaxtyping import Shaped
 from PIL import Image
 from torch import Tensor
 
-from meme_dist.modalities import graph_codec
+from meme_dist.data import graph_codec
 
 Kind = Literal["image", "vector", "counts", "text", "graph"]
 Codec = Literal["npy", "png", "txt"]
@@ -52,7 +52,7 @@ class Field:
     """How one modality is stored, read and modelled.
 
     `shape` is that of the decoded tensor: (C, H, W) for an image, (T,) token ids for text, (G, 1 + G) for a graph of at most G vertices
-    (`meme_dist.modalities.graph_codec`). A member of the tar is called
+    (`meme_dist.data.graph_codec`). A member of the tar is called
     `KEY.MODALITY.CODEC`. Raises ValueError where kind, shape, codec, likelihood and vocabulary do not fit together.
     """
 

@@ -16,7 +16,7 @@ TEST_SHARE = 10  # one row in so many is held out
 
 
 class Graphs(NamedTuple):
-    """Arrays [R, G, 1 + G] (`meme_dist.modalities.graph_codec`) and a number for each, in its own unit [R]."""
+    """Arrays [R, G, 1 + G] (`meme_dist.data.graph_codec`) and a number for each, in its own unit [R]."""
 
     x: np.ndarray
     value: np.ndarray

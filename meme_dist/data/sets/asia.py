@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_dist.data.graph_codec import Graph, to_array
 from meme_dist.data.sets._arrays import locate, read_arrays
 from meme_dist.data.sets._graphs import Graphs, check_graph_missing, fields_of, rows_of
 from meme_dist.data.shards import Dataset
-from meme_dist.modalities.graph_codec import Graph, to_array
 
 FILE, SAMPLE = "asia_bn_20000_regenerated.npz", "asia_5000.npz"
 VARIABLES = ("A", "S", "T", "L", "B", "E", "X", "D")

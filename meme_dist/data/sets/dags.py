@@ -12,10 +12,10 @@ from functools import cache
 
 import numpy as np
 
+from meme_dist.data.graph_codec import Graph, to_array
 from meme_dist.data.sets._graphs import Graphs, check_graph_missing, fields_of, rows_of
 from meme_dist.data.sets._pairing import generator
 from meme_dist.data.shards import Dataset
-from meme_dist.modalities.graph_codec import Graph, to_array
 
 FOLLOWS, LIKELY, UNLIKELY = 0.6, 0.7, 0.1
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_dist.data.graph_codec import check
 from meme_dist.data.sets._arrays import locate
 from meme_dist.data.sets._graphs import Graphs, check_graph_missing, fields_of, rows_of
 from meme_dist.data.shards import Dataset
-from meme_dist.modalities.graph_codec import check
 
 FILE = "final_structures6.txt.gz"
 OPERATIONS = ("conv3", "sep3", "conv5", "sep5", "avg3", "max3")
