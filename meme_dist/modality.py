@@ -1,5 +1,6 @@
 """One kind of observation: its encoder, its decoder and its likelihood."""
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -23,40 +24,39 @@ def softmax_scale(raw: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
     return raw.shape[-1] * raw.softmax(-1) + SCALE_FLOOR
 
 
-class Modality(nn.Module):
-    """An encoder that is a posterior when it leads and a conditional prior when it supervises, and a decoder likewise in two roles.
+class Encoding(nn.Module):
+    """An encoder with what makes a density of its outputs.
 
     `embed` maps data to features in which pseudo-inputs live (identity for images and vectors, token lookup for text), `encoder` maps
-    features [R, *feature] to [R, 2 D] (`feature` is their shape), `decoder` maps [rows, D] to the likelihood's parameters [rows, ...].
+    features [R, *feature] to [R, 2 D] (`feature` is their shape).
 
-    `weight` multiplies this modality's log-likelihood wherever it enters the objective. Its default is 1 (the evidence itself, as in the
-    released code); `balanced_weights` gives the rule for modalities whose event sizes differ by orders of magnitude.
-
-    `latent_dim` is what the encoder gives and the decoder takes. The last `private_dim` of it are latents that no other modality has: what
-    the others cannot know of this one (Palumbo et al. 2023). `to_scale` makes the posteriors' scales of the encoder's raw ones.
+    `latent_dim` is what the encoder gives. The last `private_dim` of it are latents that no other modality has: what the others cannot know
+    of this one (Palumbo et al. 2023). `to_scale` makes the scales of the encoder's raw ones.
     """
 
     def __init__(
         self,
         *,
         encoder: nn.Module,
-        decoder: nn.Module,
-        likelihood: Likelihood,
         latent_dim: int,
         feature: tuple[int, ...],
         embed: nn.Module | None = None,
         family: type[Diagonal] = DiagNormal,
-        weight: float = 1.0,
         private_dim: int = 0,
         to_scale: Callable[[Tensor], Tensor] = softplus_scale,
     ):
         super().__init__()
         if not 0 <= private_dim < latent_dim:
             raise ValueError(f"private_dim: expected 0 to {latent_dim - 1} of {latent_dim} latents, got {private_dim}")
-        self.embed, self.encoder, self.decoder = embed or nn.Identity(), encoder, decoder
-        self.likelihood, self.latent_dim, self.feature = likelihood, latent_dim, feature
-        self.family, self.weight = family, weight
-        self.private_dim, self.to_scale = private_dim, to_scale
+        self.embed, self.encoder = embed or nn.Identity(), encoder
+        self.latent_dim, self.feature = latent_dim, feature
+        self.family, self.private_dim, self.to_scale = family, private_dim, to_scale
+
+    def twin(self) -> "Encoding":
+        """A second encoder that begins as a copy of this one."""
+        networks = {"embed": copy.deepcopy(self.embed), "encoder": copy.deepcopy(self.encoder)}
+        sizes = {"latent_dim": self.latent_dim, "feature": self.feature, "private_dim": self.private_dim}
+        return Encoding(**networks, **sizes, family=self.family, to_scale=self.to_scale)
 
     @property
     def shared_dim(self) -> int:
@@ -73,6 +73,34 @@ class Modality(nn.Module):
         if mean.shape[-1] != self.latent_dim:
             raise ValueError(f"encoder: expected {2 * self.latent_dim} outputs (mean and raw scale), got {2 * mean.shape[-1]}")
         return self.family(mean, self.to_scale(raw))
+
+
+class Modality(Encoding):
+    """An encoder that is a posterior when it leads and a conditional prior when it supervises, and a decoder likewise in two roles.
+
+    `decoder` maps latents [rows, D] to the likelihood's parameters [rows, ...]; everything about the encoder is `Encoding`'s.
+
+    `weight` multiplies this modality's log-likelihood wherever it enters the objective. Its default is 1 (the evidence itself, as in the
+    released code); `balanced_weights` gives the rule for modalities whose event sizes differ by orders of magnitude.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        latent_dim: int,
+        feature: tuple[int, ...],
+        embed: nn.Module | None = None,
+        family: type[Diagonal] = DiagNormal,
+        weight: float = 1.0,
+        private_dim: int = 0,
+        to_scale: Callable[[Tensor], Tensor] = softplus_scale,
+    ):
+        sizes = {"latent_dim": latent_dim, "feature": feature, "private_dim": private_dim}
+        super().__init__(encoder=encoder, embed=embed, family=family, to_scale=to_scale, **sizes)
+        self.decoder, self.likelihood, self.weight = decoder, likelihood, weight
 
     def log_prob(self, x: Shaped[Tensor, "X *event"], z: Float[Tensor, "K P D"], row: Rows = None) -> Float[Tensor, "K P"]:
         """weight * log p(x | z), float32, summed over the event."""

@@ -43,7 +43,7 @@ class Pooled(Objective):
 
     def infer(self, batch: Batch) -> Posterior:
         """The pool of what each observed modality says alone."""
-        q, observed = self.posteriors(batch), batch.observed.T
+        q, observed = self.objective.posteriors(batch), batch.observed.T
         if len(batch.modalities) == 1:
             return type(q)(q.mean[0], q.scale[0])
         match self.pool:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meme_dist.distributions import Components, Diagonal
-from meme_dist.modality import Modality
+from meme_dist.modality import Encoding
 
 
 class Standard(nn.Module):
@@ -55,9 +55,9 @@ class PseudoInputs(nn.Module):
         self.inputs.copy_(chosen)
         self.inputs[len(features) :] += jitter[len(features) :]
 
-    def posterior(self, modality: Modality) -> Diagonal:
+    def posterior(self, encoding: Encoding) -> Diagonal:
         """The M components q(z | u_m), [M, D]."""
-        return modality.encode_features(self.inputs)
+        return encoding.encode_features(self.inputs)
 
 
 def join(posteriors: list[Diagonal]) -> Diagonal:

@@ -130,7 +130,8 @@ def parts_of_meme(base: Mapping[str, Any]) -> list[str]:
         "combination=mixture,product,product_with_standard",
         "log_ratio=closed_form,sampled",
         f"private_dim=0,{max(1, base['latent_dim'] // 4)}",
-        "posterior=normal,laplace",
+        "second encoders:shared=false",
+        "Laplace posteriors:posterior=laplace,combination=mixture,inference=mixture",
     ]
 
 

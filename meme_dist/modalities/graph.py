@@ -1,6 +1,7 @@
 """Directed acyclic graphs: asynchronous message passing each way (D-VAE; Zhang et al. 2019, arXiv 1904.11088).
 
-Data are arrays [G, 1 + G] of types and predecessors (`meme_dist.data.graph_codec`); slot 0 is START, slot v + 1 vertex v. A state h [H] for each slot,
+Data are arrays [G, 1 + G] of types and predecessors (`meme_dist.data.graph_codec`); slot 0 is START, slot v + 1 vertex v. A state h [H] for
+each slot,
 
     message   m(u)  = sigmoid(W_g h_u + b_g[u]) * (W_m h_u + b_m[u])       b: a bias for each slot ("which vertex it is")
     state     h_v   = GRU(type_v, sum over predecessors u of m(u))               decoder: + W_a h_START + b_a[v]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from meme_dist.distributions import Diagonal, Posterior, Prior
-from meme_dist.modality import Modality, same_family, stack
+from meme_dist.modality import Encoding, Modality, same_family, stack
 from meme_dist.noise import Noise
 from meme_dist.types import Batch, Loss, Packed
 
@@ -79,10 +79,11 @@ class Objective(nn.Module, ABC):
         """q_j(z | x_j) for the batch's modalities, stacked [N, B, D]; a standard density where x_j is absent."""
         return self.split(self.encodings(batch))[0]
 
-    def encodings(self, batch: Batch) -> dict[str, Diagonal]:
-        """What each encoder says [B, shared and private latents]; a standard density where a row lacks the modality."""
+    def encodings(self, batch: Batch, by: Callable[[str], Encoding] | None = None) -> dict[str, Diagonal]:
+        """What each encoder says [B, shared and private latents], or that of `by`; a standard density where a row lacks the modality."""
+        encoding = by or self.modality
         shapes = {name: [(len(packed.row), self.modality(name).latent_dim)] * 2 for name, packed in batch.modalities.items()}
-        encoded = self.each(shapes, lambda name, _: self.modality(name).encode(batch.modalities[name].data), None)
+        encoded = self.each(shapes, lambda name, _: encoding(name).encode(batch.modalities[name].data), None)
         packs = batch.modalities.items()
         return {name: self._unpacked(q, p.row, len(batch.observed)) for (name, p), q in zip(packs, encoded, strict=True)}
 

@@ -37,7 +37,7 @@ from meme_dist.distributions import (
     resample,
     sample_table,
 )
-from meme_dist.modality import Modality
+from meme_dist.modality import Encoding, Modality
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective, Private, by_place, pairs
 from meme_dist.priors import PseudoInputs, join
@@ -64,6 +64,8 @@ class MEME(Objective):
     `cross_weight`: c. At 1 the gradient of the cross terms cancels exactly; the released code, and so its published numbers, use 10.
     Modalities may have latents of their own (`private_dim`): source i then explains itself with w_i ~ q_i(w_i | x_i) at the price of
     KL(q_i(w_i | x_i) || N(0, I)), and the others with draws of theirs from N(0, I), since it cannot know them. The bound stays one.
+    `shared=False` is the ablation of weight sharing (section 3.2): each modality has a second encoder r_j that is p(z | x_j), for targets,
+      pseudo-inputs and `infer`, and q_j only leads. It begins as a copy.
     `stop_gradient=False` keeps the gradient of w (the full estimator, eq. 7); not defined for `resampled`.
     """
 
@@ -81,6 +83,7 @@ class MEME(Objective):
         inference: Combination | None = None,
         log_ratio: LogRatio = "closed_form",
         stop_gradient: bool = True,
+        shared: bool = True,
     ):
         super().__init__(modalities)
         if samples < 1:
@@ -94,12 +97,21 @@ class MEME(Objective):
         if self.family is not DiagNormal and {self.combination, self.inference} != {"mixture"}:
             raise ValueError(f"products need Normal posteriors, got {self.family.__name__}: take combination and inference 'mixture'")
         self.pseudo = torch.nn.ModuleDict({name: PseudoInputs(pseudo_inputs, m.feature) for name, m in modalities.items()})
+        self.conditional = None if shared else torch.nn.ModuleDict({name: m.twin() for name, m in modalities.items()})
 
     def initialise(self, batch: Batch) -> None:
         """Take the pseudo-inputs from this batch's present rows, the same ones for the same batch and seed."""
         for name, packed in batch.modalities.items():
-            features = self.modality(name).embed(packed.data[packed.row < len(batch.observed)])
+            features = self.conditional_prior(name).embed(packed.data[packed.row < len(batch.observed)])
             self._pseudo(name).initialise(features, torch.Generator().manual_seed(batch.seed))
+
+    def conditional_prior(self, name: str) -> Encoding:
+        """What gives p(z | x_j): the modality's own encoder, or its second one where they are not shared."""
+        return cast(Encoding, self.modality(name) if self.conditional is None else self.conditional[name])
+
+    def posteriors(self, batch: Batch) -> Diagonal:
+        """p(z | x_j) for the batch's modalities, stacked [N, B, D]: their posteriors too, unless `shared=False`."""
+        return self.split(self.encodings(batch, self.conditional_prior))[0]
 
     def infer(self, batch: Batch) -> Posterior:
         """q(z | what each row observes): the only posterior, or the combination of several. A row with nothing gets a standard density."""
@@ -119,7 +131,10 @@ class MEME(Objective):
     def forward(self, batch: Batch) -> Loss:
         """-(sum over rows and observed i of L_i / |observed|), with each modality's terms as means over the rows that hold it."""
         (q, private), observed = self.split(self.encodings(batch)), batch.observed.T
+        prior = q if self.conditional is None else self.posteriors(batch)
         z, density = sample_table(q, observed, Noise(batch.seed, batch.draw), list(batch.modalities), self.samples)
+        if prior is not q:
+            density = _supervised(density, prior, z, pairs(batch.observed))
         decode = {"released": self._released, "rao_blackwell": self._rao_blackwell, "resampled": self._resampled}[self.estimator]
         own, cross, drawn = decode(batch, z, self.private_samples(private, batch, self.samples, self._private_priors(batch)))
         own = own - self._private_divergence(private).unsqueeze(1)
@@ -133,7 +148,7 @@ class MEME(Objective):
             stop_gradient=self.stop_gradient,
             drawn=drawn,
             alone=self._pseudo_log_prob(batch, z) if batch.single else None,
-            **self._conditional_prior(q, z, batch.observed),
+            **self._log_ratio(q, prior, z, batch.observed),
         )
         return Loss(self._touch(batch) - bound.objective.sum(), self._terms(batch, bound.metrics))
 
@@ -144,14 +159,17 @@ class MEME(Objective):
         """KL(q_i(w_i | x_i) || p(w_i)) of latents that a modality has for itself; 0 without any, and where it is absent."""
         return torch.stack([divergence(q, self.private_prior(name)) for name, q in private.items()])
 
-    def _conditional_prior(self, q: Diagonal, z: Float[Tensor, "N K B D"], observed: Bool[Tensor, "B N"]) -> dict[str, Tensor | None]:
+    def _log_ratio(
+        self, q: Diagonal, prior: Diagonal, z: Float[Tensor, "N K B D"], observed: Bool[Tensor, "B N"]
+    ) -> dict[str, Tensor | None]:
         """What the bound needs of p(z | x_T) beside the table: a product's log density, and -KL where it has a closed form."""
         sampled = self.log_ratio == "sampled"
         if self.combination == "mixture":  # with one target the prior is one expert, with several it has no closed form
-            return {"prior": None, "closed": None if sampled else -pair_divergence(q, observed.T)}
-        prior = product(q, pairs(observed), standard=self.combination == "product_with_standard")
-        density = type(prior)(prior.mean.unsqueeze(1), prior.scale.unsqueeze(1)).log_prob(z)
-        return {"prior": density, "closed": None if sampled else -divergence(q, prior)}
+            divergences = pair_divergence(q, observed.T) if prior is q else _pair_divergence(q, prior, observed)
+            return {"prior": None, "closed": None if sampled else -divergences}
+        joint = product(prior, pairs(observed), standard=self.combination == "product_with_standard")
+        density = _for_samples(joint).log_prob(z)
+        return {"prior": density, "closed": None if sampled else -divergence(q, joint)}
 
     def _pseudo_log_prob(self, batch: Batch, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N K B"]:
         """log p_lambda(z[i, k, b]) where row b holds i alone, 0 elsewhere: only those rows are worked on."""
@@ -170,7 +188,7 @@ class MEME(Objective):
 
     def _pseudo_posteriors(self, names: Sequence[str]) -> list[Diagonal]:
         shapes = {name: [(self.pseudo_inputs, self.modality(name).latent_dim)] * 2 for name in names}
-        encoded = self.each(shapes, lambda name, _: self._pseudo(name).posterior(self.modality(name)), None)
+        encoded = self.each(shapes, lambda name, _: self._pseudo(name).posterior(self.conditional_prior(name)), None)
         return [self.family(mean[:, : self.latent_dim], scale[:, : self.latent_dim]) for mean, scale in encoded]
 
     def _rao_blackwell(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
@@ -215,6 +233,30 @@ class _Decoded(NamedTuple):
     own: Float[Tensor, "N K B"]
     cross: Float[Tensor, "N N K B"]
     drawn: Drawn | None = None
+
+
+def _supervised(
+    table: Float[Tensor, "N N K B"], prior: Diagonal, z: Float[Tensor, "N K B D"], both: Bool[Tensor, "N N B"]
+) -> Float[Tensor, "N N K B"]:
+    """The table of densities with those of other modalities' conditional priors off its diagonal."""
+    experts = zip(prior.mean, prior.scale, strict=True)
+    crossed = torch.stack([_for_samples(type(prior)(mean, scale)).log_prob(z) for mean, scale in experts], 1)
+    crossed = torch.where(both.unsqueeze(2), crossed, 0.0)
+    own = torch.eye(len(table), dtype=torch.bool, device=table.device)[..., None, None]
+    return torch.where(own, table, crossed)
+
+
+def _pair_divergence(q: Diagonal, prior: Diagonal, observed: Bool[Tensor, "B N"]) -> Float[Tensor, "N B"]:
+    """KL(q_i || p_j) where row b holds i and j alone, 0 elsewhere."""
+    alone = pairs(observed) & (observed.sum(1) == 2)
+    experts = zip(prior.mean, prior.scale, strict=True)
+    every = torch.stack([divergence(q, type(q)(mean.expand_as(q.mean), scale.expand_as(q.scale))) for mean, scale in experts], 1)
+    return torch.where(alone, every, 0.0).sum(1)
+
+
+def _for_samples(density: Diagonal) -> Diagonal:
+    """[..., B, D] -> [..., 1, B, D], to be asked about K samples."""
+    return type(density)(density.mean.unsqueeze(-3), density.scale.unsqueeze(-3))
 
 
 def _own(table: Float[Tensor, "N N K B"]) -> Float[Tensor, "N K B"]:

@@ -79,6 +79,8 @@ class Model:
     """KL in closed form where there is one, or the log-ratio at the samples, the paper's bound (meme)."""
     stop_gradient: bool = True
     """Stop the gradient of the importance weights (appendix B of the paper); released and rao_blackwell can do without (meme)."""
+    shared: bool = True
+    """Whether a modality's encoder is its conditional prior too, as in the paper, or a second encoder is (meme)."""
     gradient: Gradient = "dreg"
     """That of the importance-weighted bound (iwae), doubly reparameterised as published (dreg), or so without its bias, which is large
     for many samples (unbiased_dreg) (mmvae, mmvaeplus)."""
@@ -161,6 +163,7 @@ class Model:
             inference=self.inference,
             log_ratio=self.log_ratio,
             stop_gradient=self.stop_gradient,
+            shared=self.shared,
         )
 
     def _csvae(self, modalities: Mapping[str, Modality]) -> CSVAE:

@@ -78,10 +78,10 @@ def evidence(objective, x, observed, i):
     """log p(x_i | x_T) under the conditional prior that the objective states, mixture member by member."""
     names = list(x)
     targets = [j for j, held in enumerate(observed) if held and j != i]
-    q = {j: objective.modalities[names[j]].encode(x[names[j]][None]) for j in targets}
+    q = {j: objective.conditional_prior(names[j]).encode(x[names[j]][None]) for j in targets}
     lead = objective.modalities[names[i]]
     if not targets:
-        parts = [objective.pseudo[n].posterior(objective.modalities[n]) for n in names if n != names[i]]
+        parts = [objective.pseudo[n].posterior(objective.conditional_prior(n)) for n in names if n != names[i]]
         experts = [DiagNormal(m, s) for p in parts for m, s in zip(p.mean, p.scale, strict=True)]
     elif objective.combination == "mixture":
         experts = [DiagNormal(q[j].mean[0], q[j].scale[0]) for j in targets]
@@ -92,14 +92,18 @@ def evidence(objective, x, observed, i):
     return logsumexp([normal_log_prob(e, x[names[i]], lead) for e in experts]) - math.log(len(experts))
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_bound_never_exceeds_the_exact_evidence_for_any_number_of_samples(estimator, combination):
+@pytest.mark.parametrize(
+    "estimator, combination, shared",
+    [*((e, c, True) for e in ESTIMATORS for c in COMBINATIONS), *(("resampled", c, False) for c in COMBINATIONS)],
+)
+def test_bound_never_exceeds_the_exact_evidence_for_any_number_of_samples(estimator, combination, shared):
     names, copies = ["a", "b", "c"], 4000
     for seed in range(4):
         torch.manual_seed(seed)
-        keywords = dict(pseudo_inputs=2, estimator=estimator, combination=combination, samples=2 + seed)
+        keywords = dict(pseudo_inputs=2, estimator=estimator, combination=combination, samples=2 + seed, shared=shared)
         objective = MEME({n: random_linear() for n in names}, **keywords).double()
+        if not shared:
+            disturb(objective.conditional)
         for p in objective.pseudo.values():
             p.inputs.data = torch.randn_like(p.inputs)
         x = {n: torch.randn(EVENT, dtype=torch.float64) for n in names}
@@ -109,6 +113,12 @@ def test_bound_never_exceeds_the_exact_evidence_for_any_number_of_samples(estima
                 means = torch.stack([r[f"bound/{names[i]}"].total / r[f"bound/{names[i]}"].count for r in rows])
                 slack = 4 * means.std() / math.sqrt(len(means)) + 1e-9
                 assert means.mean() <= evidence(objective, x, observed, i) + slack
+
+
+def disturb(networks):
+    """Other parameters, so that nothing agrees by its beginning."""
+    for p in networks.parameters():
+        p.data += 0.3 * torch.randn_like(p)
 
 
 def mean_bound(objective, x, observed, name):
@@ -326,10 +336,50 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows_alone(estimator):
     torch.testing.assert_close(whole, sum(rows), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("log_ratio", ["closed_form", "sampled"])
+@pytest.mark.parametrize("family, combination", [(DiagNormal, "mixture"), (DiagLaplace, "mixture"), (DiagNormal, "product")])
+def test_second_encoders_that_are_copies_share_out_the_gradient_of_the_shared_ones(family, combination, log_ratio):
+    """Joy et al. 2022, section 3.2: sharing weights adds the gradients of an encoder's two roles, and nothing else changes."""
+    settings = dict(samples=3, combination=combination, log_ratio=log_ratio)
+    objective = network_objective(3, family, **settings)
+    apart = MEME(dict(objective.modalities.items()), pseudo_inputs=len(objective.pseudo["m0"].inputs), shared=False, **settings).double()
+    for name, pseudo in objective.pseudo.items():
+        apart.pseudo[name].inputs.data = pseudo.inputs.data.clone()
+    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0], [1, 1, 0], [1, 0, 0]] * 5).bool()
+    batch = pack_dense({f"m{i}": torch.randn(30, EVENT).double() for i in range(3)}, {f"m{i}": masks[:, i] for i in range(3)})
+    found, losses = [], []
+    for one in (objective, apart):
+        one.zero_grad()
+        losses.append(one(batch).total)
+        losses[-1].backward()
+        found.append({n: p.grad.clone() for n, p in one.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    for name, whole in found[0].items():
+        other = found[1].get(name.replace("modalities.", "conditional."), torch.zeros(())) if "modalities." in name else 0.0
+        torch.testing.assert_close(found[1][name] + other, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_second_encoders_are_what_is_asked_and_the_first_ones_lead():
+    """p(z | x_j) is the second encoder's wherever it stands for knowledge of what is given; the first leads in training alone."""
+    objective = network_objective(2, samples=3, shared=False)
+    batch = pack_dense({f"m{i}": torch.randn(8, EVENT).double() for i in range(2)}, {f"m{i}": torch.ones(8).bool() for i in range(2)})
+    asked, pooled, prior = (f(batch) for f in (objective.infer, Pooled(objective, "product").infer, lambda _: objective.prior()))
+    disturb(torch.nn.ModuleList([m.encoder for m in objective.modalities.values()]))
+    for before, after in ((asked, objective.infer(batch)), (pooled, Pooled(objective, "product").infer(batch)), (prior, objective.prior())):
+        z = torch.randn(4, 8, objective.latent_dim).double()
+        torch.testing.assert_close(after.log_prob(z), before.log_prob(z), rtol=0, atol=0)
+    disturb(objective.conditional)
+    z = torch.randn(4, 8, objective.latent_dim).double()
+    assert not torch.allclose(objective.infer(batch).log_prob(z), asked.log_prob(z))
+    lead = objective.modality("m0").encode(batch.modalities["m0"].data[:8])
+    torch.testing.assert_close(objective.split(objective.encodings(batch))[0].mean[0], lead.mean)
+
+
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_parameter_has_a_gradient_for_every_pattern(estimator, single):
-    objective = network_objective(3, samples=2, estimator=estimator)
+def test_every_parameter_has_a_gradient_for_every_pattern(estimator, single, shared):
+    objective = network_objective(3, samples=2, estimator=estimator, shared=shared)
     for pattern in range(1, 8):
         mask = [bool(pattern >> i & 1) for i in range(3)]
         if sum(mask) == 1 and not single:
