@@ -85,16 +85,20 @@ def load(folder: Path) -> Record:
         raise ValueError(f"{file}: not a record of a run ({error}); restore the file, or train anew with --run NAME") from error
 
 
-def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming every difference, where a resumed run would train something else than it began with."""
+def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming every difference, where a resumed run would train something else than it began with.
+
+    A keyword that the recipe did not have then counts as having had its default.
+    """
     if recipe != old.recipe:
         raise ValueError(
             f"{folder}: is a run of recipe {old.recipe!r}, not of {recipe!r}; say --resume without a recipe, or use another --run"
         )
     free = PLACES | set(FREE) | ({"steps"} if keywords.get("schedule") == "constant" else set())
-    names = sorted(name for name in {*old.keywords, *keywords} - free if old.keywords.get(name) != keywords.get(name))
+    began = {**defaults, **old.keywords}
+    names = sorted(name for name in {*began, *keywords} - free if began.get(name) != keywords.get(name))
     if names:
-        changes = "; ".join(f"--{_flag(name)}: {old.keywords.get(name)!r} in the run, {keywords.get(name)!r} now" for name in names)
+        changes = "; ".join(f"--{_flag(name)}: {began.get(name)!r} in the run, {keywords.get(name)!r} now" for name in names)
         raise ValueError(
             f"{folder}: cannot be resumed with other keywords ({changes}). Leave them out to go on as it began, "
             f"or start a new run from its settings: --like {folder} --run NAME"

@@ -38,7 +38,7 @@ from meme_dist.objectives.base import Objective
 from meme_dist.progress import shown, stage
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
-from meme_dist.recipes.keywords import flatten
+from meme_dist.recipes.keywords import defaults, flatten
 from meme_dist.train.heartbeat import Heart
 from meme_dist.train.signals import Stop
 from meme_dist.train.trainer import Trainer
@@ -167,7 +167,7 @@ def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Rank
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
     if where.resume is not None:
-        record.check_unchanged(folder, record.load(folder), name, keywords)
+        record.check_unchanged(folder, record.load(folder), name, keywords, defaults(RECIPES[name]))
     elif started.rank == 0 and folder.exists():  # before an hour of writing shards
         raise ValueError(record.taken(folder))
     recipe = RECIPES[name](**arguments)

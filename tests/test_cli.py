@@ -264,6 +264,16 @@ def test_resuming_into_changed_keywords_names_each_and_changes_nothing(home: Pat
     assert digest(home / "runs" / "first") == before
 
 
+def test_a_run_older_than_a_keyword_had_its_default(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("runs/first", "runs/older")
+    record = json.loads(Path("runs/older/run.json").read_text())
+    assert record["keywords"].pop("shared") is True
+    Path("runs/older/run.json").write_text(json.dumps(record))
+    assert main(["train", "--resume", "older", "--no-shared", "--no-evaluate"]) == 2
+    assert "--shared: True in the run, False now" in said(capsys)
+    assert main(["train", "--resume", "older", "--no-evaluate"]) == 0
+
+
 def test_a_checkpoint_of_another_model_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("runs/first", "runs/mixed")
     record = json.loads(Path("runs/mixed/run.json").read_text())

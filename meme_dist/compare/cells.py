@@ -20,7 +20,6 @@ A plan is typed on the command line or in a file (TOML or JSON), and `plan.json`
 """
 
 import dataclasses
-import inspect
 import itertools
 import json
 import re
@@ -34,7 +33,8 @@ from typing import Any, Literal, NamedTuple
 
 from meme_dist.pooled import Pool
 from meme_dist.recipes import RECIPES
-from meme_dist.recipes.keywords import flatten, unflatten
+from meme_dist.recipes import keywords as of_recipes
+from meme_dist.recipes.keywords import unflatten
 from meme_dist.stored import on
 
 FILE = "plan.json"
@@ -252,8 +252,7 @@ def flags(keywords: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
 
 def defaults(recipe: str) -> dict[str, Any]:
     """The recipe's own keywords, flat; those that have to be given are not among them."""
-    parameters = inspect.signature(RECIPES[recipe]).parameters.items()
-    return flatten({name: parameter.default for name, parameter in parameters if parameter.default is not inspect.Parameter.empty})
+    return of_recipes.defaults(RECIPES[recipe])
 
 
 def _hints(recipe: Callable[..., Any]) -> dict[str, Any]:

@@ -148,9 +148,8 @@ class Runner:
         folder = self.path(cell)
         if (folder / record.FILE).is_file():
             old = record.load(folder)
-            old = replace(old, keywords={**cells.defaults(self.plan.recipe), **old.keywords})
             try:
-                record.check_unchanged(folder, old, self.plan.recipe, cell.keywords)
+                record.check_unchanged(folder, old, self.plan.recipe, cell.keywords, cells.defaults(self.plan.recipe))
             except ValueError as error:
                 raise ValueError(f"{error}. Or compare in another folder: --out FOLDER") from None
         elif folder.is_dir():

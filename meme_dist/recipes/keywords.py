@@ -74,6 +74,12 @@ def names(recipe: Callable[..., Any]) -> list[str]:
     return found
 
 
+def defaults(recipe: Callable[..., Any]) -> dict[str, Any]:
+    """The recipe's own values of its keywords, flat; those that have to be given are not among them."""
+    parameters = inspect.signature(recipe).parameters.items()
+    return flatten({name: parameter.default for name, parameter in parameters if parameter.default is not inspect.Parameter.empty})
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.resolve())  # a run must find its files from any folder
