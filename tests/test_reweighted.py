@@ -298,6 +298,15 @@ def test_a_second_stage_is_fitted_to_what_the_first_one_left() -> None:
     assert gains[1] > gains[0] + 0.05 and gains[1] < divergence + 0.02
 
 
+def test_a_second_stage_adds_nothing_where_the_first_one_has_said_all() -> None:
+    """Its negatives come from the prior as reweighted so far: told from the base's it would say everything again."""
+    latents, truth, _ = known(0)
+    settings = replace(SMALL, steps=200, batch_size=256, stages=2, proposals=100, pool=4000)
+    z = known(1, 2000)[0][0]
+    difference = fit_ratio(standard(2), latents, settings)(z) - truth(z)
+    assert (difference - difference.mean()).square().mean().sqrt() < 0.3 < 0.5 * truth(z).std()
+
+
 def test_a_fit_depends_on_its_seed_alone_and_leaves_torchs_generator_as_it_was() -> None:
     latents, tiny = known(0)[0], Contrast(width=8, depth=1, steps=20, batch_size=64)
     state = torch.random.get_rng_state()

@@ -61,7 +61,7 @@ def test_updates_are_those_of_plain_adam_with_torchs_clipping_bit_by_bit() -> No
     trained, plain = build(), build()
     reports = list(Trainer(trained, rows, training))
 
-    optimizer = torch.optim.AdamW(plain.parameters(), betas=training.betas, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=training.betas, weight_decay=0.1, fused=not torch.cuda.is_available())
     rows.step = 0
     norms, source = [], iter(rows)
     for step in range(training.steps):

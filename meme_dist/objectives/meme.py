@@ -247,11 +247,10 @@ def _supervised(
 
 
 def _pair_divergence(q: Diagonal, prior: Diagonal, observed: Bool[Tensor, "B N"]) -> Float[Tensor, "N B"]:
-    """KL(q_i || p_j) where row b holds i and j alone, 0 elsewhere."""
-    alone = pairs(observed) & (observed.sum(1) == 2)
+    """KL(q_i || p_j) where row b holds i and j alone; a sum that the bound does not read where it holds more, 0 where less."""
     experts = zip(prior.mean, prior.scale, strict=True)
     every = torch.stack([divergence(q, type(q)(mean.expand_as(q.mean), scale.expand_as(q.scale))) for mean, scale in experts], 1)
-    return torch.where(alone, every, 0.0).sum(1)
+    return torch.where(pairs(observed), every, 0.0).sum(1)
 
 
 def _for_samples(density: Diagonal) -> Diagonal:

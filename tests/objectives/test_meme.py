@@ -204,7 +204,7 @@ def bimodal_transcription(objective, x, noise, *, cross_weight, stop_gradient, l
         value = 0.0
         for (lead, lead_name), (other, other_name) in [((s, "m0"), (t, "m1")), ((t, "m1"), (s, "m0"))]:
             q = lead.encode(x[lead_name][row : row + 1])
-            p = other.encode(x[other_name][row : row + 1])
+            p = objective.conditional_prior(other_name).encode(x[other_name][row : row + 1])
             q, p = reference.Normal(q.mean[0], q.scale[0]), reference.Normal(p.mean[0], p.scale[0])
             z = q.loc + q.scale * noise.normal(lead_name, objective.samples, D)[:, row].double()
             log_x = [reference.Normal(lead.decoder(zk), 0.5).log_prob(x[lead_name][row]).sum() for zk in z]
@@ -226,9 +226,12 @@ def bimodal_transcription(objective, x, noise, *, cross_weight, stop_gradient, l
 @pytest.mark.parametrize("log_ratio", ["closed_form", "sampled"])
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("combination", ["mixture", "product"])
-def test_two_modalities_equal_an_independent_transcription_of_the_bimodal_formula(combination, stop_gradient, log_ratio):
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_modalities_equal_an_independent_transcription_of_the_bimodal_formula(shared, combination, stop_gradient, log_ratio):
     keywords = dict(cross_weight=10.0, stop_gradient=stop_gradient, log_ratio=log_ratio)
-    objective = network_objective(samples=4, estimator="rao_blackwell", combination=combination, **keywords)
+    objective = network_objective(samples=4, estimator="rao_blackwell", combination=combination, shared=shared, **keywords)
+    if not shared:
+        disturb(objective.conditional)
     x = {n: torch.randn(5, EVENT).double() for n in ("m0", "m1")}
     batch = pack_dense(x, {n: torch.ones(5, dtype=torch.bool) for n in x}, seed=3, single=False)
     got = gradient(objective, batch)

@@ -38,7 +38,9 @@ def layout_of(module: nn.Module) -> Layout:
 
 def adam(module: nn.Module, training: Training) -> Optimizer:
     """AdamW over all parameters; the trainer sets its learning rate at every step."""
-    return torch.optim.AdamW(module.parameters(), training.learning_rate, betas=training.betas, weight_decay=training.weight_decay)
+    # On a CPU the default goes tensor by tensor and the fused form takes a quarter of its time; on a GPU the default is one kernel for many.
+    settings = {"betas": training.betas, "weight_decay": training.weight_decay, "fused": not torch.cuda.is_available()}
+    return torch.optim.AdamW(module.parameters(), training.learning_rate, **settings)
 
 
 class Engine(ABC):
