@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal, Posterior
 from meme_dist.mcmc import MALA, Kernel
-from meme_dist.metrics.rows import evaluating
+from meme_dist.metrics.rows import device_of, evaluating, on_device
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective, unpack
 from meme_dist.refine import refine
@@ -112,7 +112,10 @@ def through_refinement(
     temper: float | Mapping[str, float] = 1.0,
     purpose: str = "adaptive",
 ) -> Gain:
-    """The mean loss of `chains` refined codes of each row, with new random numbers at every call."""
+    """The mean loss of `chains` refined codes of each row, with new random numbers at every call.
+
+    `attack` keeps the best of such noisy values: with few chains what is kept owes something to luck, and is weaker than its gain says.
+    """
     calls = itertools.count()
 
     def gain(batch: Batch) -> Tensor:
@@ -168,8 +171,10 @@ def attack(
     """Raise `gain` over the data of one modality within `radius` of each element and within [low, high].
 
     Rows that lack the modality stay as they are. Each row's random starts are its own (`batch.seed`, `batch.draw`). The model is in
-    evaluation mode meanwhile and keeps its parameters' gradients. Raises ValueError for tokens and other data that are no real numbers.
+    evaluation mode meanwhile and keeps its parameters' gradients. Raises ValueError for tokens and other data that are no real numbers,
+    and for data outside [low, high].
     """
+    batch = on_device(batch, device_of(objective))
     packed = batch.modalities[name]
     if not packed.data.is_floating_point():
         raise ValueError(f"{name}: only real data can be moved a little, this modality has {packed.data.dtype}")
@@ -177,6 +182,9 @@ def attack(
         raise ValueError(
             f"attack: expected radius > 0, steps and restarts of at least 1 and low < high, got {(radius, steps, restarts, low, high)}"
         )
+    held = packed.data[packed.row < len(batch.draw)]
+    if held.numel() and not (low <= held.min() and held.max() <= high):
+        raise ValueError(f"{name}: expected data in [{low}, {high}], got {held.min():.3g} to {held.max():.3g}; say low and high")
     lower, upper = (packed.data - radius).clamp(min=low, max=high), (packed.data + radius).clamp(min=low, max=high)
     best, most = packed.data, torch.full((len(batch.draw),), -torch.inf, dtype=packed.data.dtype, device=packed.data.device)
     with evaluating(objective):

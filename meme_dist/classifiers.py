@@ -178,7 +178,7 @@ class _Log1p(nn.Module):
 
 def _seeded(build: Build, field: Field, classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # and not those of GPUs, which the fork would not give back
         return build(field, classes)
 
 

@@ -235,14 +235,16 @@ def sample(
 ) -> Result:
     """Chains from z until the next step would take more than `budget` gradient evaluations a chain, the one at z included.
 
-    `step_size`: of the first step. `burn_in`: the share of the steps in which step sizes adapt. MAP reads neither, nor the noise.
+    `step_size`: of the first step. `burn_in`: the share of the steps in which step sizes adapt, below 1. MAP reads neither, nor the noise.
     Raises ValueError for a budget without a single step, and where the density or its gradient is not finite at z.
     """
     cost = kernel.leapfrogs if isinstance(kernel, HMC) else 1
-    if cost < 1 or budget < 1 + cost:
-        raise ValueError(f"budget: {kernel} needs at least {1 + max(1, cost)} gradients (one at the start, one a leapfrog), got {budget}")
-    if not 0 <= burn_in <= 1 or not step_size > 0:
-        raise ValueError(f"expected a step size above 0 and a burn-in from 0 to 1, got {step_size} and {burn_in}")
+    if cost < 1:
+        raise ValueError(f"leapfrogs: expected at least 1, got {cost}")
+    if budget < 1 + cost:
+        raise ValueError(f"budget: {kernel} needs at least {1 + cost} gradients (one at the start, one a leapfrog), got {budget}")
+    if not 0 <= burn_in < 1 or not step_size > 0:
+        raise ValueError(f"expected a step size above 0 and a burn-in from 0 to below 1, got {step_size} and {burn_in}")
     chain, steps = start(z, log_density), (budget - 1) // cost
     if bad := int((~(chain.log_density.isfinite() & chain.grad.isfinite().all(-1))).sum()):
         raise ValueError(f"{bad} of {len(z)} chains start where the log density or its gradient is not finite; start them elsewhere")
@@ -254,9 +256,9 @@ def sample(
     accept, failed, last = torch.zeros_like(first), torch.zeros_like(first, dtype=torch.long), None
     for step, last in enumerate(states):
         failed = failed + last.info.energy_error.isinf()
-        accept = accept + (last.info.accept if step >= adapting or adapting == steps else 0.0)
+        accept = accept + (last.info.accept if step >= adapting else 0.0)
     assert last is not None
-    return Result(last.chain, last.step_size, accept / (steps - adapting or steps), failed, 1 + steps * cost)
+    return Result(last.chain, last.step_size, accept / (steps - adapting), failed, 1 + steps * cost)
 
 
 def _ascended(chain: Chain, log_density: LogDensity, rate: float, steps: int) -> Result:

@@ -11,39 +11,31 @@ A product is what a model trained with products does by itself (MVAE, MoPoE, MVT
 test time: its experts were never multiplied in training, so nothing made them sharp in the same directions.
 """
 
-from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
-from meme_dist.distributions import DiagNormal, Diagonal, Mixture, Posterior, Prior, holder_pool, product
-from meme_dist.modality import Modality
-from meme_dist.objectives.base import Objective
-from meme_dist.types import Batch, Loss
+from meme_dist.distributions import DiagNormal, Mixture, Posterior, holder_pool, product
+from meme_dist.objectives.base import Around, Objective
+from meme_dist.types import Batch
 
 Pool = Literal["mixture", "product", "product_with_standard", "holder"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
-class Pooled(Objective):
+class Pooled(Around):
     """`objective` with another `infer`; everything else (networks, prior, loss) is its own. Rows with one modality are not changed.
 
     Raises ValueError where posteriors are Laplaces and the pool is not a mixture: the others have no closed form.
     """
 
-    private_latents = True
-
     def __init__(self, objective: Objective, pool: Pool):
-        super().__init__(cast(Mapping[str, Modality], dict(objective.modalities.items())))
+        super().__init__(objective)
         if pool != "mixture" and self.family is not DiagNormal:
             raise ValueError(f"pool {pool!r} needs Normal posteriors, this model's are {self.family.__name__}; 'mixture' works with them")
-        self.objective, self.pool = objective, pool
-
-    def forward(self, batch: Batch) -> Loss:
-        """The loss that the objective was trained with."""
-        return self.objective(batch)
+        self.pool: Pool = pool
 
     def infer(self, batch: Batch) -> Posterior:
         """The pool of what each observed modality says alone."""
-        q, observed = self.objective.posteriors(batch), batch.observed.T
+        q, observed = self.posteriors(batch), batch.observed.T
         if len(batch.modalities) == 1:
             return type(q)(q.mean[0], q.scale[0])
         match self.pool:
@@ -54,14 +46,3 @@ class Pooled(Objective):
             case _:
                 joint = product(q, observed[None], standard=self.pool == "product_with_standard")
                 return type(joint)(joint.mean[0], joint.scale[0])
-
-    def prior(self) -> Prior:
-        """The objective's."""
-        return self.objective.prior()
-
-    def private_prior(self, name: str) -> Diagonal:
-        """The objective's."""
-        return self.objective.private_prior(name)
-
-    def initialise(self, batch: Batch) -> None:
-        """It was trained."""

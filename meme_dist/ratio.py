@@ -110,7 +110,7 @@ class LogRatio(nn.Module):
 def untrained(size: int, contrast: Contrast) -> LogRatio:
     """All stages as they are before training, the same for the same seed; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(contrast.seed)
+        torch.random.default_generator.manual_seed(contrast.seed)  # and not those of GPUs, which the fork would not give back
         kinds = {"width": contrast.width, "depth": contrast.depth, "bound": contrast.bound}
         return LogRatio([Stage(size, **kinds) for _ in range(contrast.stages)])
 
@@ -148,14 +148,20 @@ Draw = Callable[[int, int], Float[Tensor, "R D"]]
 
 @torch.no_grad()
 def _negatives(base: Prior, ratio: LogRatio, contrast: Contrast, device: torch.device) -> Draw:
-    """Draws of the prior as reweighted so far: fresh ones of the base, or of a pool where each one costs many proposals."""
+    """Draws of the prior as reweighted so far: fresh ones of the base, or of a pool where each one costs many proposals.
+
+    Steps below 0 are for choosing the best step: their draws are no others'.
+    """
 
     if not ratio.stages:
         return lambda step, num: base.sample(_noise(contrast, step, num, device), "ratio/base", 1)[0]
     purpose = f"ratio/stage {len(ratio.stages)}"
-    pool = resample(base, ratio, _noise(contrast, 0, contrast.pool, device), purpose, 1, proposals=contrast.proposals).z[0]
+    sizes = {purpose: contrast.pool, f"{purpose}/held out": max(1, int(contrast.held_out * contrast.pool))}
+    noise = {name: _noise(contrast, 0, size, device) for name, size in sizes.items()}
+    shown, hidden = (resample(base, ratio, noise[name], name, 1, proposals=contrast.proposals).z[0] for name in sizes)
 
     def drawn(step: int, num: int) -> Tensor:
+        pool = hidden if step < 0 else shown
         return pool[_places(_noise(contrast, step, num, device).uniform(f"{purpose}/pick", 1, 1)[0, :, 0], len(pool))]
 
     return drawn

@@ -11,19 +11,18 @@ A chosen modality with latents of its own is refined together with them: the cha
 """
 
 from collections.abc import Collection, Mapping
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meme_dist.distributions import Diagonal, Posterior, Prior, wide
+from meme_dist.distributions import Posterior, wide
 from meme_dist.mcmc import MALA, Kernel, LogDensity, Result, sample
-from meme_dist.metrics.rows import evaluating
-from meme_dist.modality import Modality
+from meme_dist.metrics.rows import device_of, evaluating, on_device
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective
-from meme_dist.types import Batch, Loss
+from meme_dist.objectives.base import Around, Objective
+from meme_dist.types import Batch
 
 Start = Literal["sample", "mean"]
 STEP = 0.3  # of the first step, in standard deviations of q: on the safe side for 16 to 64 latents, and adapted from there
@@ -70,6 +69,7 @@ def refine(
     a draw of q or its mean. A row with none of the modalities is drawn towards the prior. The model is in evaluation mode meanwhile, and
     its parameters' gradients are untouched. Raises ValueError for unknown modalities and for a temper below 0.
     """
+    batch = on_device(batch, device_of(objective))
     with evaluating(objective):
         noise = Noise(batch.seed, batch.draw)
         target = Target(objective, batch, list(batch.modalities) if modalities is None else modalities, temper, prior)
@@ -134,49 +134,39 @@ def _first(q: Posterior, noise: Noise, purpose: str, samples: int, first: Start)
     return wide(q.sample(noise, purpose, samples) if first == "sample" else q.mean.expand(samples, *q.mean.shape))
 
 
+def check_tempers(names: Collection[str], tempers: Mapping[str, float]) -> None:
+    """Raise ValueError for tempers of other modalities than `names`, and for numbers below 0."""
+    if unknown := sorted(set(tempers) - set(names)):
+        raise ValueError(f"temper: expected some of {list(names)}, whose likelihoods are in the target, got {unknown}")
+    if bad := {name: value for name, value in tempers.items() if not value >= 0}:
+        raise ValueError(f"temper: expected numbers of at least 0, got {bad}")
+
+
 def _weights(objective: Objective, names: list[str], temper: float | Mapping[str, float]) -> list[float]:
     """What multiplies each modality's weighted log-likelihood, so that its own weight drops out."""
     tempers = temper if isinstance(temper, Mapping) else dict.fromkeys(names, temper)
-    if unknown := sorted(set(tempers) - set(names)):
-        raise ValueError(f"temper: expected some of {names}, whose likelihoods are in the target, got {unknown}")
-    if bad := {name: value for name, value in tempers.items() if not value >= 0}:
-        raise ValueError(f"temper: expected numbers of at least 0, got {bad}")
+    check_tempers(names, tempers)
     return [tempers.get(name, 1.0) / objective.modality(name).weight for name in names]
 
 
 # ---- a model whose every inference is refined ---------------------------------------------------------------------------------------
 
 
-class Refining(Objective):
+class Refining(Around):
     """`objective` whose `infer` is refined before it is used: any metric, and `impute`, of what the chains find.
 
     Everything else (networks, prior, loss) is its own. What `infer` returns draws by running chains, a chain a draw.
     """
 
-    private_latents = True
-
     def __init__(self, objective: Objective, *, kernel: Kernel = MALA, budget: int = 200, temper: float | Mapping[str, float] = 1.0):
-        super().__init__(cast(Mapping[str, Modality], dict(objective.modalities.items())))
-        self.objective, self.kernel, self.budget, self.temper = objective, kernel, budget, temper
-
-    def forward(self, batch: Batch) -> Loss:
-        """The loss that the objective was trained with."""
-        return self.objective(batch)
+        super().__init__(objective)
+        if isinstance(temper, Mapping):
+            check_tempers(list(objective.modalities), temper)
+        self.kernel, self.budget, self.temper = kernel, budget, temper
 
     def infer(self, batch: Batch) -> "Walked":
         """Draws of what each row observes, refined."""
         return Walked(self, batch)
-
-    def prior(self) -> Prior:
-        """The objective's."""
-        return self.objective.prior()
-
-    def private_prior(self, name: str) -> Diagonal:
-        """The objective's."""
-        return self.objective.private_prior(name)
-
-    def initialise(self, batch: Batch) -> None:
-        """It was trained."""
 
 
 class Walked(NamedTuple):
@@ -220,5 +210,6 @@ def log_joint(objective: Objective, batch: Batch, z: Float[Tensor, "K B D"]) -> 
     """
     if private := [name for name in batch.modalities if objective.modality(name).private_dim]:
         raise ValueError(f"{', '.join(private)}: latents of their own are part of the joint density; `refine` gives it as before and after")
+    batch = on_device(batch, device_of(objective))
     with evaluating(objective):
         return Target(objective, batch, list(batch.modalities))(z.flatten(0, 1)).view(z.shape[:2])

@@ -16,7 +16,7 @@ from meme_dist.metrics.intervals import mean
 from meme_dist.metrics.rows import Metric, holds, joined, with_square
 from meme_dist.objectives.base import Objective
 from meme_dist.record import write_json
-from meme_dist.refine import Refining, refine
+from meme_dist.refine import Refining, check_tempers, refine
 from meme_dist.run_commands import find, together
 from meme_dist.tables import estimate, table
 from meme_dist.types import Batch, Sums
@@ -56,6 +56,8 @@ def main(words: list[str]) -> int:
             seed: Seed of the draws.
             checkpoint: The last weights, or those with the lowest held-out loss.
         """
+        if rows < 1:
+            raise ValueError(f"refine: expected --rows of at least 1, got {rows}")
         if (shards is None) != (out is None):
             raise ValueError("refine: --shards and --out go together: what to fill in, and where to write it")
         chosen: Kernel = {"mala": MALA, "hmc": HMC(leapfrogs), "ula": ULA(), "map": MAP(rate=1.0)}[kernel]
@@ -63,11 +65,14 @@ def main(words: list[str]) -> int:
         def work(processes: Any) -> None:
             stored = find(run, checkpoint, processes)
             split = Evaluation(stored.manifest.folder, "test", batch_size=ROWS, rank=processes.rank, world=processes.world, seed=seed)
+            check_tempers(list(stored.manifest.fields), temper or {})
             sources = source_sets(list(stored.manifest.fields))
             metric = refinement(sources, rows=rows, kernel=chosen, budget=budget, temper=temper or {})
             entries = measured(stored.objective, split, metric, reduce=processes.reduce)
             if processes.is_main:
-                write_json(stored.folder / f"refined-{kernel}-{budget}.json", {"step": stored.step, "refinement": entries})
+                settings = {"kernel": kernel, "budget": budget, "leapfrogs": leapfrogs, "temper": temper or {}, "rows": rows, "seed": seed}
+                told = {"checkpoint": checkpoint, "step": stored.step, "settings": settings, "refinement": entries}
+                write_json(stored.folder / _file(kernel, budget, leapfrogs, temper or {}, checkpoint), told)
                 print(shown(entries))
             if shards is not None and out is not None:
                 model = Refining(stored.objective, kernel=chosen, budget=budget, temper=temper or {})
@@ -82,6 +87,13 @@ def main(words: list[str]) -> int:
     return parsed(command, words, "refine")
 
 
+def _file(kernel: str, budget: int, leapfrogs: int, temper: Mapping[str, float], checkpoint: str) -> str:
+    """A name of its own for whatever changes the figures."""
+    parts = ["refined", f"hmc{leapfrogs}" if kernel == "hmc" else kernel, str(budget)]
+    parts += [f"{name}={value:g}" for name, value in sorted(temper.items())]
+    return "-".join([*parts, *([] if checkpoint == "last" else [checkpoint])]) + ".json"
+
+
 def refinement(sources: Sequence[Sources], *, rows: int, kernel: Kernel, budget: int, temper: Mapping[str, float]) -> Metric:
     """Before and after refinement, from each set of sources: the log target, and log p(x_target | z) of each modality outside.
 
@@ -93,15 +105,20 @@ def refinement(sources: Sequence[Sources], *, rows: int, kernel: Kernel, budget:
         sums: dict[str, Sums] = {}
         for chosen in sources:
             own = {name: value for name, value in temper.items() if name in chosen}
-            found = refine(objective, batch.only(*chosen), kernel=kernel, budget=budget, temper=own)
             wanted = holds(batch, chosen) & (batch.draw < rows)
-            sums |= _compared(f"{joined(chosen)}", found.before[0][wanted], found.after[0][wanted])
-            for name in batch.modalities:
-                if name not in chosen and not objective.modality(name).private_dim:
-                    both = torch.cat([found.first, found.z])[None]
-                    before, after = objective.explanations(batch.only(name), both)[0, 0] / objective.modality(name).weight
-                    counted = wanted & holds(batch, [name])
-                    sums |= _compared(f"{joined(chosen)}>{name}", before[counted], after[counted])
+            others = [name for name in batch.modalities if name not in chosen and not objective.modality(name).private_dim]
+            if not bool(wanted.any()):  # chains are dear
+                nothing = torch.zeros(0, device=batch.draw.device)
+                for key in (joined(chosen), *(f"{joined(chosen)}>{name}" for name in others)):
+                    sums |= _compared(key, nothing, nothing)
+                continue
+            found = refine(objective, batch.only(*chosen), kernel=kernel, budget=budget, temper=own)
+            sums |= _compared(joined(chosen), found.before[0][wanted], found.after[0][wanted])
+            for name in others:
+                both = torch.cat([found.first, found.z])[None]
+                before, after = objective.explanations(batch.only(name), both)[0, 0] / objective.modality(name).weight
+                counted = wanted & holds(batch, [name])
+                sums |= _compared(f"{joined(chosen)}>{name}", before[counted], after[counted])
         return sums
 
     return metric

@@ -66,8 +66,9 @@ def resample(
     """`num` draws for each row of `noise`, each from `proposals` of its own.
 
     Log weights above `ceiling` are drawn by as if they were `ceiling`; log_z takes them as they are. `chunk` proposals of a row are scored
-    at once (rounded up to whole blocks): it changes memory and speed, and no bit of the result. Proposal m of draw d is draw d M + m of
-    the base. Raises ValueError for less than one proposal, and where weights are NaN, infinite, or all of them 0.
+    at once (rounded up to whole blocks): it changes memory and speed, and the result by no more than a ratio's own rounding, which for
+    float32 networks depends on how many points they are given. Proposal m of draw d is draw d M + m of the base. Raises ValueError for
+    less than one proposal, and where weights are NaN, infinite, or all of them 0.
     """
     if proposals < 1:
         raise ValueError(f"proposals: expected at least 1, got {proposals}")

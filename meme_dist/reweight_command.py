@@ -48,25 +48,28 @@ def main(words: list[str]) -> int:
             seed: Seed of the draws and of the classifier's weights.
         """
         from meme_dist.ratio import Contrast
-        from meme_dist.reweighted import Resample
+        from meme_dist.reweighted import Resample, checked
         from meme_dist.stored_ratio import fit_stored
 
+        if rows < 2 or draws < 1:
+            raise ValueError(f"reweight: expected --rows of at least 2 and --draws of at least 1, got {rows} and {draws}")
+        sampler = checked(Resample(proposals, clip))
         contrast = Contrast(
             bound=bound, stages=stages, smoothing=smoothing, penalty=penalty, steps=steps, width=width, seed=seed, proposals=proposals
         )
 
         def work(processes: Any) -> None:
-            found, sampler = find(run, checkpoint, processes), Resample(proposals, clip)
+            found = find(run, checkpoint, processes)
             about = fit_stored(found, checkpoint, contrast, sampler, rows=rows, draws=draws, processes=processes)
             if processes.is_main:
-                print(told(run, about))
+                print(told(run, checkpoint, about))
 
         return together(work)
 
     return parsed(command, words, "reweight")
 
 
-def told(run: str, about: dict[str, Any]) -> str:
+def told(run: str, checkpoint: str, about: dict[str, Any]) -> str:
     """What a fit reached, and what to do with it."""
     rises, found = about["gain"], about["normaliser"]
     share = found["effective"] / found["proposals"]
@@ -77,5 +80,6 @@ def told(run: str, about: dict[str, Any]) -> str:
     ]
     if share < FEW:
         lines.append("below 1 % of the proposals: draw by Langevin chains (--prior reweighted_langevin), or clip weights (--clip 50)")
-    lines.append(f"next                {PROGRAM} evaluate {run} --prior reweighted")
+    which = "" if checkpoint == "last" else f" --checkpoint {checkpoint}"
+    lines.append(f"next                {PROGRAM} evaluate {run}{which} --prior reweighted")
     return "\n".join(lines)

@@ -11,21 +11,20 @@ fails where log q / p_base exceeds log M on much of q: its effective sample size
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meme_dist.distributions import Diagonal, Posterior, Prior
+from meme_dist.distributions import Prior
 from meme_dist.mcmc import HMC, MALA, ULA, sample
 from meme_dist.metrics.rows import device_of, evaluating, noise_of, on_device
-from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective
+from meme_dist.objectives.base import Around, Objective
 from meme_dist.resampling import LogWeight, Normaliser, Resampled, normaliser, resample
-from meme_dist.types import Batch, Loss
+from meme_dist.types import Batch
 
 
 class Resample(NamedTuple):
@@ -33,6 +32,15 @@ class Resample(NamedTuple):
 
     proposals: int = 1000
     clip: float = math.inf
+
+
+def checked(sampler: Resample) -> Resample:
+    """The same. Raises ValueError for fewer than one proposal and for a clip that is not above 0."""
+    if sampler.proposals < 1:
+        raise ValueError(f"proposals: expected at least 1, got {sampler.proposals}")
+    if not sampler.clip > 0:
+        raise ValueError(f"clip: expected a number above 0 (inf: none), got {sampler.clip}")
+    return sampler
 
 
 class Langevin(NamedTuple):
@@ -129,6 +137,8 @@ def posterior_draws(
         for batch in batches:
             batch = on_device(batch, device)
             wanted = (batch.draw < rows) & batch.observed.any(1)
+            if not bool(wanted.any()):
+                continue
             z = objective.infer(batch).sample(noise_of(batch), "ratio/latents", draws)
             filled = torch.cat([z.transpose(0, 1).flatten(1), torch.ones_like(z[0, :, :1])], -1)
             table[batch.draw[wanted]] = filled[wanted].float()
@@ -140,30 +150,13 @@ def posterior_draws(
     return there.unflatten(-1, (draws, -1)).transpose(0, 1)
 
 
-class Reweighted(Objective):
+class Reweighted(Around):
     """`objective` with a reweighted prior; everything else (networks, inference, loss) is its own."""
 
-    private_latents = True
-
     def __init__(self, objective: Objective, log_ratio: nn.Module, log_z: float, sampler: Sampler):
-        super().__init__(cast(Mapping[str, Modality], dict(objective.modalities.items())))
-        self.objective, self.log_ratio, self.log_z, self.sampler = objective, log_ratio, log_z, sampler
-
-    def forward(self, batch: Batch) -> Loss:
-        """The loss that the objective was trained with."""
-        return self.objective(batch)
-
-    def infer(self, batch: Batch) -> Posterior:
-        """The objective's."""
-        return self.objective.infer(batch)
+        super().__init__(objective)
+        self.log_ratio, self.log_z, self.sampler = log_ratio, log_z, sampler
 
     def prior(self) -> ReweightedPrior:
         """The objective's, reweighted."""
         return ReweightedPrior(self.objective.prior(), self.log_ratio, self.log_z, self.sampler)
-
-    def private_prior(self, name: str) -> Diagonal:
-        """The objective's."""
-        return self.objective.private_prior(name)
-
-    def initialise(self, batch: Batch) -> None:
-        """It was trained."""

@@ -60,7 +60,7 @@ def test_an_attack_stays_in_the_ball_and_in_the_range_and_moves_the_posterior() 
     random = replaced(batch, "b", (batch.modalities["b"].data + RADIUS * (2 * torch.rand(12, EVENT).double() - 1)).clamp(0, 1))
     assert (found.gain >= gain(random).detach()).all() and found.gain.mean() > 2 * gain(random).mean()
     for other in ("a", "c"):
-        assert found.batch.modalities[other] is batch.modalities[other]
+        assert torch.equal(found.batch.modalities[other].data, batch.modalities[other].data)
 
 
 def test_a_linear_encoder_is_moved_to_a_corner() -> None:
@@ -193,6 +193,8 @@ def test_borders_are_checked() -> None:
     gain = unsupervised(objective, batch)
     with pytest.raises(ValueError, match="expected radius > 0"):
         attack(objective, batch, "a", gain, radius=0.0)
+    with pytest.raises(ValueError, match=r"a: expected data in \[0.3, 0.6\], got .* say low and high"):
+        attack(objective, batch, "a", gain, radius=0.1, low=0.3, high=0.6)
     tokens = replaced(batch, "a", torch.zeros(len(batch.modalities["a"].data), EVENT, dtype=torch.long))
     with pytest.raises(ValueError, match="a: only real data"):
         attack(objective, tokens, "a", gain, radius=0.1)

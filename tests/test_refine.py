@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal as Gaussian
 
+from meme_dist import refine_command
 from meme_dist.cli import main as cli
 from meme_dist.data.sets.linear_gaussian import LinearGaussian, linear_gaussian, parameters
 from meme_dist.data.shards import write_shards
@@ -198,6 +199,23 @@ def test_borders_are_checked() -> None:
     with pytest.raises(ValueError, match="at least 0, got {'a': -1.0"):
         refine(objective, batch, temper=-1.0)
     assert Target(objective, batch, []).weight == []
+    with pytest.raises(ValueError, match=r"temper: expected some of \['a', 'b', 'c'\].*got \['d'\]"):
+        Refining(objective, temper={"d": 0.5})
+    with pytest.raises(ValueError, match="leapfrogs: expected at least 1, got 0"):
+        refine(objective, batch, kernel=HMC(leapfrogs=0))
+
+
+def test_rows_that_are_not_measured_cost_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first five rows are asked for: what is said of them does not depend on later batches, whose chains are not run."""
+    objective, (_, batch) = build(MVAE), rows(PATTERNS)
+    places = torch.arange(len(batch.draw))
+    calls: list[int] = []
+    monkeypatch.setattr(refine_command, "refine", lambda *a, **k: calls.append(1) or refine(*a, **k))
+    metric = refine_command.refinement([("a",), ("a", "b")], rows=5, kernel=MAP(rate=0.4), budget=4, temper={})
+    near, far = (metric(objective, batch._replace(draw=places + past)) for past in (0, 5))
+    assert len(calls) == 2 and near.keys() == far.keys()
+    assert all(float(sums.count.sum()) == 0 == float(sums.total.sum()) for sums in far.values())
+    assert float(near["a/gain"].count) == float(batch.observed[:5, 0].sum())
 
 
 # ---- a model whose inference is refined ---------------------------------------------------------------------------------------------
@@ -243,9 +261,13 @@ def test_the_command_measures_and_fills_in(tmp_path: Path, capsys: pytest.Captur
         words = ["first", "--kernel", "map", "--budget", "6", "--temper", "x0", "0.5", "--shards", str(tmp_path / "rows")]
         assert main([*words, "--out", "filled"]) == 0
         told = capsys.readouterr().out
-        entries = json.loads((tmp_path / "runs" / "first" / "refined-map-6.json").read_text())["refinement"]
+        written = json.loads((tmp_path / "runs" / "first" / "refined-map-6-x0=0.5.json").read_text())
+        with pytest.raises(ValueError, match=r"temper: .*got \['y0'\]"):
+            main(["first", "--temper", "y0", "0.5"])
         with pytest.raises(ValueError, match="--shards and --out go together"):
             main(["first", "--out", "filled"])
+    entries = written["refinement"]
+    assert written["settings"]["temper"] == {"x0": 0.5} and written["settings"]["budget"] == 6
     assert "| x0 + x1" in told and "entries filled in" in told
     assert len(entries) == 7 + 3 * 2 + 3  # sets of sources, and targets outside each
     assert all(entry["gain"]["count"] == 8 for entry in entries)

@@ -92,7 +92,8 @@ def test_keys_are_finite_at_the_edges_of_the_uniform(edge: float) -> None:
 
 
 @pytest.mark.parametrize("base", [standard(2), mixture()])
-def test_no_bit_depends_on_the_chunk_or_on_the_rows_beside(base: Prior) -> None:
+def test_no_draw_depends_on_the_chunk_or_on_the_rows_beside(base: Prior) -> None:
+    """With these numbers of points not even a bit; with others a float32 network rounds by how many it is given."""
     network = untrained(2, SMALL)
     shaken(network)
     whole = resample(base, network, rows(5), "chunks", 2, proposals=1100)
@@ -102,6 +103,10 @@ def test_no_bit_depends_on_the_chunk_or_on_the_rows_beside(base: Prior) -> None:
     alone = resample(base, network, Noise(0, torch.tensor([3])), "chunks", 2, proposals=1100)
     for found, expected in zip(alone, whole, strict=True):
         assert torch.equal(found[:, 0], expected[:, 3])
+    whole = resample(base, network, rows(5), "chunks", 2, proposals=259)
+    alone = resample(base, network, Noise(0, torch.tensor([3])), "chunks", 2, proposals=259)
+    assert torch.equal(alone.z[:, 0], whole.z[:, 3])
+    torch.testing.assert_close(alone.log_z[:, 0], whole.log_z[:, 3], rtol=0, atol=1e-5)
 
 
 def shaken(network: torch.nn.Module) -> None:
@@ -305,6 +310,16 @@ def test_a_second_stage_adds_nothing_where_the_first_one_has_said_all() -> None:
     z = known(1, 2000)[0][0]
     difference = fit_ratio(standard(2), latents, settings)(z) - truth(z)
     assert (difference - difference.mean()).square().mean().sqrt() < 0.3 < 0.5 * truth(z).std()
+
+
+def test_a_later_stage_is_chosen_on_draws_that_no_step_was_shown() -> None:
+    """A small pool is learnt by heart where nothing is to be found (q = p): on draws of its own the step 0, no ratio at all, is best."""
+    p = standard(4)
+    latents, fresh = p.sample(rows(400), "same", 1), p.sample(rows(4000), "new", 1)
+    settings = Contrast(width=64, depth=2, steps=150, batch_size=128, learning_rate=1e-2, stages=2, proposals=5, pool=200, held_out=0.3)
+    ratio = fit_ratio(p, latents, settings)
+    (_, second) = ratio.stages
+    assert second(fresh[0]).abs().mean() < 0.3
 
 
 def test_a_fit_depends_on_its_seed_alone_and_leaves_torchs_generator_as_it_was() -> None:

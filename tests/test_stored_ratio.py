@@ -166,6 +166,9 @@ def test_the_command_line_reweights_generates_and_evaluates(
     asked: list[Stored] = []
     monkeypatch.setattr(assess, "assess_stored", lambda stored, *_, **__: asked.append(stored))
     monkeypatch.chdir(home)
+    for bad in (["--clip", "0"], ["--clip", "nan"], ["--rows", "-1"], ["--draws", "0"]):
+        assert main(["reweight", "first", *bad]) == 2
+        assert f"{bad[0].strip('-')}" in capsys.readouterr().err
     assert main(["reweight", "first", "--bound", "4", "--steps", "20", "--proposals", "40", "--draws", "8"]) == 0
     said = capsys.readouterr().out
     assert "of 40 proposals" in said and "nats" in said and "evaluate first --prior reweighted" in said
