@@ -206,16 +206,16 @@ def test_borders_are_checked() -> None:
 
 
 def test_rows_that_are_not_measured_cost_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first five rows are asked for: what is said of them does not depend on later batches, whose chains are not run."""
+    """The first twelve rows are asked for: what is said of them does not depend on later batches, whose chains are not run."""
     objective, (_, batch) = build(MVAE), rows(PATTERNS)
     places = torch.arange(len(batch.draw))
     calls: list[int] = []
     monkeypatch.setattr(refine_command, "refine", lambda *a, **k: calls.append(1) or refine(*a, **k))
-    metric = refine_command.refinement([("a",), ("a", "b")], rows=5, kernel=MAP(rate=0.4), budget=4, temper={})
-    near, far = (metric(objective, batch._replace(draw=places + past)) for past in (0, 5))
+    metric = refine_command.refinement([("a",), ("a", "b")], rows=12, kernel=MAP(rate=0.4), budget=4, temper={})
+    near, far = (metric(objective, batch._replace(draw=places + past)) for past in (0, 12))
     assert len(calls) == 2 and near.keys() == far.keys()
     assert all(float(sums.count.sum()) == 0 == float(sums.total.sum()) for sums in far.values())
-    assert float(near["a/gain"].count) == float(batch.observed[:5, 0].sum())
+    assert float(near["a/gain"].count) == float(batch.observed[:12, 0].sum())
 
 
 # ---- a model whose inference is refined ---------------------------------------------------------------------------------------------
