@@ -2,7 +2,8 @@
 
 types     Each way to tell the networks a vertex's type, trained through the recipes and the trainer on graphs and their values (MVAE, the
           divergence weighted by beta; the graph's own term is D-VAE's loss), several seeds. The control is one-hot times four: a louder
-          beginning alone learns faster. `learnt` says how far from convergence a run is: the training bound's gain over its last tenth.
+          beginning alone learns faster. `learnt` says how far from convergence a run
+          is: what log p(graph | z) of training rows gained over its last tenth.
 speed     log p(graph | z) and its gradient, all states of a vertex at once beside one choice after the other.
 missing   MEME of graph and value with more and more entries missing: either from the other, and what graphs that were asked for by value
           are really worth (made-up graphs, whose value is known for any graph).
@@ -27,6 +28,7 @@ from rich.console import Console
 from benchmarks.record import interleaved, keep
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import asia, dags
+from meme_dist.data.sets._graphs import parts
 from meme_dist.data.shards import write_shards
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate
@@ -34,7 +36,7 @@ from meme_dist.metrics import graphs
 from meme_dist.metrics.imputation import imputation
 from meme_dist.metrics.intervals import over_runs
 from meme_dist.metrics.likelihood import Query, log_likelihood
-from meme_dist.metrics.rows import evaluating
+from meme_dist.metrics.rows import device_of, evaluating, on_device
 from meme_dist.modalities.graph import graph
 from meme_dist.modalities.graph_types import Embedding
 from meme_dist.noise import Noise
@@ -214,12 +216,12 @@ def _either_way(objective: Objective, shards: Path) -> Row:
 
 
 def _asked(objective: Objective, shards: Path) -> tuple[np.ndarray, np.ndarray]:
-    batch = next(iter(_rows(shards, "test")))
+    batch = on_device(next(iter(_rows(shards, "test"))), device_of(objective))
     with evaluating(objective):
         noise = Noise(0, batch.draw)
         z = objective.infer(batch.only("value")).sample(noise, "asked", 1)
         made = objective.modality("graph").likelihood.sample(objective.modality("graph").decoder(z[0])[None], noise, "made")[0]  # type: ignore[attr-defined]
-    return batch.dense("value")[:, 0].numpy(), dags.value(made.numpy(), 8)
+    return batch.dense("value")[:, 0].cpu().numpy(), dags.value(made.cpu().numpy(), 8)
 
 
 def _searched(case: Case, objective: Objective, shards: Path) -> Row:
@@ -243,7 +245,8 @@ def _oracle(case: Case) -> tuple[graphs.Oracle, float]:
     else:
         types = int(case.data.removeprefix("dags"))
         found, raw = dags.drawn(types, 8, 8, case.rows, 0), lambda x: dags.value(x, 8)
-    low, unit = (float(moment) for moment in (found.value.mean(), found.value.std()))
+    seen = found.value[parts(case.data if case.data == "asia" else "dags", len(found.value))["train"]]  # as the known values
+    low, unit = float(seen.mean()), float(seen.std())
     return lambda x: (raw(x) - low) / unit, float((found.value.max() - low) / unit)
 
 

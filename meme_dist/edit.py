@@ -114,7 +114,9 @@ def save_edits(stored: Stored, batch: Batch, values: Mapping[str, int], folder: 
     save_file(flat, folder / "edits.safetensors")
     shown = {f"{name}, {what}": x for what, of_one in made.items() for name, x in of_one.items()}
     fields = {title: stored.manifest.fields[title.partition(",")[0]] for title in shown}
-    figures.joint_grid(folder / "edits.png", fields, {title: x[: min(12, len(x))] for title, x in shown.items()})
+    few = {title: x[: min(12, len(x))] for title, x in shown.items()}
+    told = ", ".join(f"{name} = {value}" for name, value in values.items())
+    figures.joint_grid(folder / "edits.png", fields, few, f"Test rows, one a column, as they are and with {told}")
     return [folder / "edits.png", folder / "edits.safetensors"]
 
 

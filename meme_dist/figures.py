@@ -70,9 +70,14 @@ def cross_grid(
     _grid(path, blocks, "Cross generation: one sample each")
 
 
-def joint_grid(path: Path, fields: Mapping[str, Field], drawn: Mapping[str, Shaped[Tensor, "R *event"]]) -> None:
-    """Draws from the prior, one a column, decoded into every modality."""
-    _grid(path, [[(name, fields[name], data) for name, data in drawn.items()]], "Draws from the prior: each column is one draw")
+def joint_grid(
+    path: Path,
+    fields: Mapping[str, Field],
+    drawn: Mapping[str, Shaped[Tensor, "R *event"]],
+    title: str = "Draws from the prior: each column is one draw",
+) -> None:
+    """One draw, or row, a column, decoded into every modality."""
+    _grid(path, [[(name, fields[name], data) for name, data in drawn.items()]], title)
 
 
 def imputed_grid(

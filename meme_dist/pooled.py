@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from meme_dist.distributions import DiagNormal, Mixture, Posterior, holder_pool, product
 from meme_dist.objectives.base import Around, Objective
+from meme_dist.objectives.csvae import CSVAE
 from meme_dist.types import Batch
 
 Pool = Literal["mixture", "product", "product_with_standard", "holder"]
@@ -22,13 +23,17 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class Pooled(Around):
-    """`objective` with another `infer`; everything else (networks, prior, loss) is its own. Rows with one modality are not changed.
+    """`objective` with another `infer`; everything else (networks, prior, loss) is its own.
 
-    Raises ValueError where posteriors are Laplaces and the pool is not a mixture: the others have no closed form.
+    A row with one modality gets that encoder's posterior (by product_with_standard times N(0, I)). Raises ValueError where posteriors are
+    Laplaces and the pool is not a mixture, since the others have no closed form; and for CSVAE, whose encoders of labels say nothing of
+    the other latents.
     """
 
     def __init__(self, objective: Objective, pool: Pool):
         super().__init__(objective)
+        if isinstance(objective, CSVAE):
+            raise ValueError("csvae infers the latents of labels by itself: what its encoders say cannot be pooled; leave --pool out")
         if pool != "mixture" and self.family is not DiagNormal:
             raise ValueError(f"pool {pool!r} needs Normal posteriors, this model's are {self.family.__name__}; 'mixture' works with them")
         self.pool: Pool = pool
@@ -36,7 +41,7 @@ class Pooled(Around):
     def infer(self, batch: Batch) -> Posterior:
         """The pool of what each observed modality says alone."""
         q, observed = self.posteriors(batch), batch.observed.T
-        if len(batch.modalities) == 1:
+        if len(batch.modalities) == 1 and self.pool != "product_with_standard":
             return type(q)(q.mean[0], q.scale[0])
         match self.pool:
             case "mixture":

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -234,6 +235,35 @@ def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() 
     }
     expected = {"cross_coherence/mean": pytest.approx(0.3), "log_likelihood/joint": -1.0, "log_likelihood/conditional": -3.0}
     assert tabulation.derived(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('"models": ["meme"]', "models: expected a table of keywords for each name"),
+        ('"models": {"m": "mmvae"}', "models: expected a table"),
+        ('"models": {"m": {}}, "vary": {"missing": 0.5}', "vary: expected a list of values for each keyword"),
+        ('"models": {"m": {}}, "vary": {"missing": []}', "vary: expected a list"),
+        ('"models": {"m": {}}, "seeds": 3', "seeds: expected a list of whole numbers, got 3"),
+        ('"models": {"m": {}}, "seeds": [0.5]', "seeds: expected"),
+        ('"models": {"m": {}}, "reference": ["m"]', "reference: expected the name of a model"),
+        ('"models": {"m": {}}, "judge": "frist"', "judge: expected own or first, got 'frist'"),
+        ('"models": {"m": {}}, "kind": "x"', "kind: expected comparison or ablation"),
+        ('"models": {"m": {}}, "recipe": ["digits"]', "expected a recipe"),
+        ('"models": {"m": {}}, "recipe": "enas"', "recipe 'enas' needs source"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused_in_words(tmp_path: Path, entry: str, message: str) -> None:
+    recipe = "" if '"recipe"' in entry else '"recipe": "digits", '
+    (tmp_path / "plan.json").write_text(f"{{{recipe}{entry}}}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cells.load(tmp_path / "plan.json")
+
+
+def test_the_parts_of_meme_are_no_parts_of_another_objective(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the base is 'csvae'"):
+        command.main("ablate", ["swiss_roll", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.toml")), ids=lambda path: path.stem)

@@ -121,7 +121,7 @@ def test_what_is_no_graph_is_refused(vertices, edges, message):
     [
         ((1, 0), 4, "a type from 1 to 3, or 0 for none, got 4 at row 2, vertex 1"),
         ((1, 0), -1, "a type from 1 to 3"),
-        ((0, 0), 0, "no vertex after a row without one"),
+        ((0, 0), 0, "no vertex after a row without one, got 2 at row 2, vertex 1"),
         ((1, 1), 2, "0 or 1 for each edge, got 2 at row 2, vertex 1"),
         ((0, 2), 1, r"edges from earlier vertices alone \(a cycle, or no topological order\)"),
         ((2, 1), 1, "no edges where there is no vertex"),

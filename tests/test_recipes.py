@@ -15,7 +15,7 @@ from meme_dist.data.index import Manifest
 from meme_dist.data.shards import Dataset, Row, write_shards
 from meme_dist.distributions import DiagNormal
 from meme_dist.recipes import RECIPES
-from meme_dist.recipes.base import Model, Recipe
+from meme_dist.recipes.base import Model, Name, Recipe
 from meme_dist.recipes.keywords import flatten, names, unflatten, with_defaults
 from meme_dist.recipes.networks import modality_for
 from meme_dist.train.training import Training
@@ -181,3 +181,12 @@ def test_every_recipe_says_what_it_is_in_one_line_and_explains_every_keyword(nam
     assert 10 < len(text.splitlines()[0]) <= 100
     explained = text.partition("Args:")[2]
     assert [key for key in inspect.signature(RECIPES[name]).parameters if f"\n    {key}: " not in explained] == []
+
+
+@pytest.mark.parametrize("objective", ["csvae", "mmvae"])
+def test_weights_of_likelihoods_reach_every_modality_of_the_swiss_roll(objective: Name) -> None:
+    """But for the labels of csvae, whose weight is --label-weight."""
+    recipe = RECIPES["swiss_roll"](model=Model(objective=objective, latent_dim=4, likelihood_weight=20.0, balance=True))
+    built = recipe.build(manifest_of(recipe))
+    expected = {"point": 20.0, "low": 30.0 if objective == "csvae" else 60.0}
+    assert {name: built.modality(name).weight for name in expected} == expected

@@ -20,6 +20,7 @@ A plan is typed on the command line or in a file (TOML or JSON), and `plan.json`
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import re
@@ -151,9 +152,11 @@ def _repeated(names: Sequence[str]) -> str:
 
 def _accepted(recipe: str, cell: Cell) -> None:
     try:
-        unflatten(RECIPES[recipe], cell.keywords)
+        arguments = unflatten(RECIPES[recipe], cell.keywords)
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
+    if missing := [name for name, value in arguments.items() if value is inspect.Parameter.empty]:
+        raise ValueError(f"{cell.name}: recipe {recipe!r} needs {', '.join(missing)}; give it to all cells or to the model")
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------------------
@@ -169,13 +172,33 @@ def load(path: Path) -> Plan:
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: expected a plan in {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
     known = {entry.name for entry in dataclasses.fields(Plan)}
-    if not isinstance(data, dict) or set(data) - known or data.get("recipe") not in RECIPES:
+    if not isinstance(data, dict) or set(data) - known or data.get("recipe") not in list(RECIPES):
         raise ValueError(f"{path}: expected a recipe (of {', '.join(RECIPES)}) and some of {', '.join(sorted(known))}, got {_keys(data)}")
+    if wrong := [
+        f"{name}: expected {what}, got {data[name]!r}" for name, (what, fits) in ENTRIES.items() if name in data and not fits(data[name])
+    ]:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
     recipe = data["recipe"]
     models = {label: _checked(recipe, keywords) for label, keywords in data.get("models", {}).items()}
     vary = {name: [typed(recipe, name, _text(value)) for value in values] for name, values in data.get("vary", {}).items()}
     common = {**defaults(recipe), **_checked(recipe, data.get("common", {}))}
     return Plan(**{**data, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))})
+
+
+def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+ENTRIES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "common": ("a table of keywords", lambda value: isinstance(value, dict)),
+    "models": ("a table of keywords for each name", _table_of(lambda keywords: isinstance(keywords, dict))),
+    "vary": ("a list of values for each keyword", _table_of(lambda values: isinstance(values, list) and len(values) > 0)),
+    "seeds": ("a list of whole numbers", lambda value: isinstance(value, list) and all(type(seed) is int for seed in value)),
+    "reference": ("the name of a model", lambda value: isinstance(value, str)),
+    "split": ("the name of a split", lambda value: isinstance(value, str)),
+    "judge": (" or ".join(typing.get_args(Judge)), lambda value: value in list(typing.get_args(Judge))),
+    "kind": (" or ".join(typing.get_args(Kind)), lambda value: value in list(typing.get_args(Kind))),
+}
 
 
 def _keys(data: Any) -> str:

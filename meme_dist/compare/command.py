@@ -112,6 +112,8 @@ def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, con
 def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, console: Console) -> int:
     """Run and report the base and every part changed alone; statuses and errors as for `compare`."""
     common = _common(arguments)
+    if not asked.part and common["objective"] != "meme":
+        raise ValueError(f"ablate: these parts are MEME's, and the base is {common['objective']!r}; name parts of it with --part")
     models: dict[str, dict[str, Any]] = {BASE: {}}
     for text in asked.part or parts_of_meme(common):
         models |= cells.part_of(recipe, text, common)

@@ -70,7 +70,7 @@ def check(x: np.ndarray, types: int) -> None:
     there = token > 0
     size = token.shape[1]
     _refuse((token < 0) | (token > types), f"a type from 1 to {types}, or 0 for none", token)
-    _refuse(there[:, 1:] & ~there[:, :-1], "no vertex after a row without one", token[:, 1:])
+    _refuse(there & ~np.pad(there[:, :-1], ((0, 0), (1, 0)), constant_values=True), "no vertex after a row without one", token)
     _refuse(~there[:, :1], "one vertex at least", token[:, :1])
     _refuse(((bit != 0) & (bit != 1)).any(-1), "0 or 1 for each edge", bit.max(-1))
     late = np.triu(np.ones((size, size), dtype=bool), 1)

@@ -28,6 +28,7 @@ Oracle = Callable[[Int[np.ndarray, "R G columns"]], np.ndarray]
 """The value of graphs."""
 
 CHUNK = 1000  # draws that are decoded together
+FEW = 32  # types that get a column each
 _QUANTITIES = [f"{key}{square}" for key in ("exact", "exact_sampled", "agreement", "log_prob") for square in ("", "/square")]
 
 
@@ -164,14 +165,15 @@ def latent_predictivity(train: Table, test: Table, *, inducing: int = 500, seed:
 
 def raw_predictivity(train: Table, test: Table, *, seed: int = 0, iterations: int = 500) -> Predictivity:
     """The same from the array itself, by gradient-boosted trees: what a latent has to beat before its figure says more than smoothness."""
-    trees = HistGradientBoostingRegressor(max_iter=iterations, random_state=seed).fit(_features(train.x), train.value)
-    return predictivity(trees.predict(_features(test.x)), test.value, unit=float(train.value.std()))
+    few = bool(train.x[..., 0].max() <= FEW)
+    trees = HistGradientBoostingRegressor(max_iter=iterations, random_state=seed).fit(_features(train.x, few), train.value)
+    return predictivity(trees.predict(_features(test.x, few)), test.value, unit=float(train.value.std()))
 
 
-def _features(x: Int[np.ndarray, "R G columns"], few: int = 32) -> Float[np.ndarray, "R features"]:
-    """Edges, and types: a column for each of a few, else their numbers."""
+def _features(x: Int[np.ndarray, "R G columns"], few: bool) -> Float[np.ndarray, "R features"]:
+    """Edges, and types: a column for each of a `few`, else their numbers."""
     types = x[..., 0]
-    columns = types[..., None] == np.arange(1, few + 1) if types.max() <= few else types[..., None]
+    columns = types[..., None] == np.arange(1, FEW + 1) if few else types[..., None]
     return np.concatenate([columns.reshape(len(x), -1), x[..., 1:].reshape(len(x), -1)], 1).astype(np.float64)
 
 
@@ -252,7 +254,9 @@ def _new(graphs: np.ndarray, order: np.ndarray, valid: np.ndarray, seen: set[byt
 
 
 def _likelihood(objective: Objective, name: str) -> GraphLikelihood:
-    likelihood = objective.modality(name).likelihood
+    modality, likelihood = objective.modality(name), objective.modality(name).likelihood
     if not isinstance(likelihood, GraphLikelihood):
         raise ValueError(f"{name}: expected a modality of graphs, got the likelihood {type(likelihood).__name__}")
+    if modality.private_dim:
+        raise ValueError(f"{name}: graphs are measured by shared latents alone, and this one has {modality.private_dim} of its own")
     return likelihood

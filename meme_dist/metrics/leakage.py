@@ -99,7 +99,8 @@ def leakage(
 ) -> Leakage:
     """Every attribute probed from every part of the latents: samples of q(z, w | x) of the first `rows` rows of either split.
 
-    Rows without an x or without the label count nowhere. Batches number their rows, as `Evaluation`'s do; `reduce` is the sum over ranks.
+    Rows that lack one of the x, or the label, count nowhere. Batches number their rows, as `Evaluation`'s do; `reduce` is the sum over
+    ranks.
     """
     learnt, asked = (_table(objective, batches, rows, reduce) for batches in (train, test))
     accuracy, base = {}, {}

@@ -97,9 +97,9 @@ class _Table(nn.Module):
 
 
 def _apart(values: int, size: int) -> Float[Tensor, "V P"]:
-    """The first value at the origin, a second one at (3, 3, ...), more of them on a sphere about as far away."""
-    if values == 2:
-        return SEPARATION * torch.tensor([[0.0], [1.0]]).expand(2, size).clone()
+    """The first value at the origin, a second one at (3, 3, ...), more of them on a sphere about as far away, or one after the other."""
+    if values == 2 or size == 1:
+        return SEPARATION * torch.arange(float(values))[:, None].expand(values, size).clone()
     around = torch.randn(values - 1, size)
     around = SEPARATION * size**0.5 * around / around.norm(dim=-1, keepdim=True)
     return torch.cat([torch.zeros(1, size), around])

@@ -304,7 +304,8 @@ class CSVAE(Objective):
             guessed = torch.where(known, -(label * honest).sum(-1), 0.0)
             unsure = torch.where(held, (fooled.exp() * (fooled - told[name].log_frequency.detach())).sum(-1), 0.0)
             wrong = torch.where(known, (label * fooled).sum(-1), 0.0)
-            total = total + guessed.sum() + self.independence_weight * (wrong if self.independence == "reversal" else unsure).sum()
+            game = guessed.sum() + self.independence_weight * (wrong if self.independence == "reversal" else unsure).sum()
+            total = total + game - game.detach()  # its gradient alone: the value of a game says nothing of the model, and may fall for ever
             terms |= {f"adversary/{name}": _mean(guessed, known), f"dependence/{name}": _mean(unsure, held)}
         return total, terms
 
@@ -316,7 +317,7 @@ class CSVAE(Objective):
         kl: Float[Tensor, " B"],
         blocks: Mapping[str, _Block],
     ) -> dict[str, Sums]:
-        """The bound with weight 1 and its parts; of each attribute its block's KL, log p(y | w), and how often that is right."""
+        """The bound with divergences at weight 1 and its parts; of attributes their block's KL, log p(y | w), and how often it is right."""
         held = seen.observed.any(1)
         bound = explained.sum(0) - kl
         terms = {f"reconstruction/{name}": _mean(explained[i], seen.observed[:, i]) for i, name in enumerate(seen.modalities)}

@@ -63,18 +63,18 @@ def hsic(
     sum over blocks of n * HSIC. 0 where a block has fewer than four of them.
 
     Rows are compared within their block alone, so that the sum over rows does not depend on how blocks are shared out between ranks and
-    micro batches. z has the mean of three Gaussian kernels of bandwidth^2 Z / 4, Z and 4 Z (under N(0, I) the mean squared distance is
-    2 Z), labels (one-hot, or beliefs) have y . y'.
+    micro batches, as long as these are cut between blocks. z has the mean of three Gaussian kernels of bandwidth^2 Z / 4, Z and 4 Z (under
+    N(0, I) the mean squared distance is 2 Z), labels (one-hot, or beliefs) have y . y'.
     """
     same = (block[:, None] == block[None]) & counted[:, None] & counted[None]
     pairs = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     apart = (z[:, None] - z[None]).square().sum(-1) / (2 * z.shape[-1])
     kernel = torch.stack([torch.exp(-apart * factor) for factor in (4.0, 1.0, 0.25)]).mean(0)
-    near, alike = torch.where(pairs, kernel, 0.0), torch.where(pairs, y @ y.T, 0.0)
+    near, alike = torch.where(pairs, kernel, 0.0), torch.where(pairs, (y[:, None] * y).sum(-1), 0.0)
     n = same.sum(1).to(z.dtype)
     enough = n >= FEWEST
     n = torch.where(enough, n, FEWEST)
     of_row = near.sum(1), alike.sum(1)
-    of_block = (same.to(z.dtype) @ of_row[0]) * (same.to(z.dtype) @ of_row[1])
+    of_block = (same * of_row[0]).sum(1) * (same * of_row[1]).sum(1)  # sums, not products of matrices, which autocast would round
     share = (near * alike).sum(1) + of_block / (n * (n - 1) * (n - 2)) - 2 / (n - 2) * of_row[0] * of_row[1]
     return torch.where(enough & counted, share / (n - 3), 0.0)

@@ -116,7 +116,7 @@ class MEME(Objective):
     def infer(self, batch: Batch) -> Posterior:
         """q(z | what each row observes): the only posterior, or the combination of several. A row with nothing gets a standard density."""
         q = self.posteriors(batch)
-        if len(batch.modalities) == 1:
+        if len(batch.modalities) == 1 and self.inference != "product_with_standard":
             return type(q)(q.mean[0], q.scale[0])
         observed = batch.observed.T
         if self.inference == "mixture":

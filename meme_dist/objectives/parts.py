@@ -42,7 +42,10 @@ def random_subsets(batch: Batch, purpose: str, num: int) -> Bool[Tensor, "{num} 
 
 
 def elbo_terms(batch: Batch, explained: Float[Tensor, "N B"], kl: Float[Tensor, " B"]) -> Mapping[str, Sums]:
-    """The evidence lower bound and its parts, with weight 1 whatever is optimised: means over rows, or over those that hold a modality."""
+    """The evidence lower bound and its parts, divergences with weight 1 whatever is optimised, likelihoods as the modalities weigh them.
+
+    Means over rows, or over those that hold a modality.
+    """
     explained, kl = explained.detach(), kl.detach()
     rows, held = batch.observed.any(1).sum().to(kl.dtype), batch.observed.sum(0).to(kl.dtype)
     terms = {f"reconstruction/{name}": Sums(explained[i].sum(), held[i]) for i, name in enumerate(batch.modalities)}

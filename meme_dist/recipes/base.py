@@ -111,6 +111,8 @@ class Model:
             raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
         if not 0 <= self.private_dim < self.latent_dim:
             raise ValueError(f"private_dim: expected 0 to {self.latent_dim - 1} of latent_dim {self.latent_dim}, got {self.private_dim}")
+        if self.objective == "csvae" and self.posterior != "normal":
+            raise ValueError(f"csvae: the latents of labels are Normal, and all have to be; take --posterior normal, got {self.posterior}")
         if not self.likelihood_weight > 0:
             raise ValueError(f"likelihood_weight: expected a number above 0, got {self.likelihood_weight}")
 

@@ -46,17 +46,19 @@ def mnist_attributes(
     dataset = rows.mnist_attributes(source=source, rows=rows_in_all, unlabelled=unlabelled, seed=data_seed)
 
     def build(manifest: Manifest) -> Objective:
+        weights = model.weights(manifest.fields)
         digit = mlp(
             (1, 28, 28),
             latent_dim=model.latent_dim,
             hidden=(hidden, hidden),
             likelihood=Bernoulli(),
             family=model.family,
-            weight=model.likelihood_weight,
+            weight=weights["digit"],
         )
         names = [name for name in manifest.fields if name != "digit"]
         first = model.latent_dim - block * len(names)
-        flags = {name: _flag(manifest.fields[name], model, first + place * block, block, label_weight) for place, name in enumerate(names)}
+        label = dict.fromkeys(names, label_weight) if model.objective == "csvae" else weights
+        flags = {name: _flag(manifest.fields[name], model, first + place * block, block, label[name]) for place, name in enumerate(names)}
         return model.build({"digit": digit, **flags})
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
@@ -64,5 +66,5 @@ def mnist_attributes(
 
 def _flag(field: Field, model: Model, start: int, size: int, weight: float) -> Modality:
     if model.objective != "csvae":
-        return modality_for(field, latent_dim=model.latent_dim, family=model.family)
+        return modality_for(field, latent_dim=model.latent_dim, family=model.family, weight=weight)
     return Attribute(start=start, size=size, latent_dim=model.latent_dim, weight=weight)

@@ -28,7 +28,7 @@ def swiss_roll(
     scale: float = 0.5,
     hidden: int = 64,
     model: Model = Model(objective="csvae", latent_dim=4),
-    training: Training = Training(steps=3000, batch_size=256, learning_rate=2e-3, schedule="cosine", evaluate_every=1000),
+    training: Training = Training(steps=5000, batch_size=256, learning_rate=2e-3, schedule="cosine", evaluate_every=1000),
 ) -> Recipe:
     """Points of a swiss roll and which half of its width they are in: the toy of CSVAE; no download.
 
@@ -49,18 +49,18 @@ def swiss_roll(
     dataset = rows.swiss_roll(rows=rows_in_all, noise=noise, unlabelled=unlabelled, seed=data_seed)
 
     def build(manifest: Manifest) -> Objective:
-        point = points(model, scale=scale, hidden=hidden)
+        weights = model.weights(manifest.fields)
+        point = points(model, scale=scale, hidden=hidden, weight=weights["point"])
         if model.objective != "csvae":
-            return model.build(
-                {"point": point, "low": modality_for(manifest.fields["low"], latent_dim=model.latent_dim, family=model.family)}
-            )
+            settings = {"latent_dim": model.latent_dim, "family": model.family, "weight": weights["low"]}
+            return model.build({"point": point, "low": modality_for(manifest.fields["low"], **settings)})
         low = Attribute(start=model.latent_dim - block, size=block, latent_dim=model.latent_dim, weight=label_weight)
         return model.build({"point": point, "low": low})
 
     return Recipe(build, training, dataset, measures=Measures(seed=training.seed))
 
 
-def points(model: Model, *, scale: float, hidden: int) -> Modality:
+def points(model: Model, *, scale: float, hidden: int, weight: float) -> Modality:
     """Perceptrons with three hidden layers, between points in units of 10 and the latents."""
     widths = (hidden, hidden, hidden)
     return Modality(
@@ -70,7 +70,7 @@ def points(model: Model, *, scale: float, hidden: int) -> Modality:
         latent_dim=model.latent_dim,
         feature=(3,),
         family=model.family,
-        weight=model.likelihood_weight,
+        weight=weight,
     )
 
 

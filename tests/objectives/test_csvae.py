@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from meme_dist.likelihoods import Normal
-from meme_dist.modalities.attribute import Attribute
+from meme_dist.modalities.attribute import Attribute, _apart
 from meme_dist.modality import Modality, softmax_scale
 from meme_dist.noise import Noise
 from meme_dist.objectives.csvae import CSVAE
 from meme_dist.objectives.independence import Adversary, hsic
+from meme_dist.pooled import Pooled
 from meme_dist.train.trainer import Trainer, Training
 from meme_dist.types import Batch, pack, pack_dense
 from tests.objectives.test_meme import LinearEncoder
@@ -235,6 +236,13 @@ def test_hsic_equals_its_transcription_block_by_block_over_the_rows_that_count()
     torch.testing.assert_close(hsic(z[order], y[order], block[order], counted[order]), found[order], rtol=1e-9, atol=1e-12)
 
 
+def test_hsic_is_as_exact_under_autocast() -> None:
+    z, y, block, counted = torch.randn(128, 3), torch.eye(4)[torch.randint(4, (128,))], torch.arange(128) // 64, torch.rand(128) < 0.9
+    plain = hsic(z, y, block, counted)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(hsic(z, y, block, counted), plain, rtol=0, atol=0)
+
+
 def test_the_mean_of_hsic_over_all_permutations_of_the_labels_is_zero() -> None:
     torch.manual_seed(0)
     z, y = torch.randn(5, 2).double(), nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2])).double()
@@ -292,6 +300,19 @@ def _by_hand(objective: CSVAE, batch: Batch, independence: str) -> Tensor:
         unsure = (guess.exp() * (guess - attribute.log_frequencies().detach())).sum()
         total = total + ((label * guess).sum() if independence == "reversal" else unsure)
     return torch.autograd.grad(total, dict(objective.named_parameters())["modalities.a.encoder.2.bias"])[0]
+
+
+@pytest.mark.parametrize("independence", ["reversal", "entropy"])
+def test_the_value_of_the_game_is_no_part_of_the_loss(independence: str) -> None:
+    """Only its gradient is: a checkpoint is chosen by the held-out loss, which a fooled adversary must not lower."""
+    x, observed = some_rows()
+    batch = of_rows(x, observed, slice(None))
+    losses = []
+    objective = build(independence)
+    for weight in (0.0, 10.0):
+        objective.independence_weight = weight
+        losses.append(objective(batch).total.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
 
 
 def test_an_adversary_that_is_told_nothing_ends_at_the_entropy_of_the_base_rate() -> None:
@@ -431,7 +452,15 @@ def test_a_given_prior_has_the_value_in_its_block_and_is_the_prior_elsewhere() -
     torch.testing.assert_close((given.mean[0, 4:], given.stddev[0, 4:]), (want.mean[1], want.scale[1]))
 
 
+def test_values_start_apart_in_a_block_of_any_size() -> None:
+    for values, size in ((2, 1), (6, 1), (2, 3), (6, 2)):
+        apart = torch.cdist(*[_apart(values, size)] * 2) + 9 * torch.eye(values)
+        assert apart.min() > 0.2
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be pooled"):
+        Pooled(build(), "product")
     x = network(3, 5)
     with pytest.raises(ValueError, match="both own latent 3"):
         CSVAE({"x": x, "p": Attribute(start=3, size=2, latent_dim=5), "q": Attribute(start=2, size=2, latent_dim=5)})

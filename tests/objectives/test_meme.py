@@ -408,6 +408,19 @@ def test_inference_may_combine_otherwise_than_training_does(inference):
     torch.testing.assert_close(asked(batch).total, trained(batch).total, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rule", COMBINATIONS)
+def test_a_row_is_asked_alike_whatever_else_its_batch_has(rule):
+    """A row that holds one modality gets the same density from a batch with columns for all of them and from one with its own alone."""
+    objective = network_objective(3, inference=rule)
+    observed = {"m0": torch.ones(6).bool(), "m1": torch.arange(6) > 2, "m2": torch.zeros(6).bool()}
+    batch = pack_dense({n: torch.randn(6, EVENT).double() for n in observed}, observed)
+    z = torch.randn(2, 6, D).double()
+    for asked in (objective, Pooled(network_objective(3), rule)):
+        whole, alone = asked.infer(batch).log_prob(z), asked.infer(batch.only("m0")).log_prob(z)
+        torch.testing.assert_close(whole[:, :3], alone[:, :3], rtol=0, atol=1e-12)
+        assert not torch.isclose(whole[:, 3:], alone[:, 3:]).any()
+
+
 def test_products_are_refused_for_laplaces_when_the_model_is_made():
     for keywords in ({"combination": "product"}, {"inference": "product"}):
         with pytest.raises(ValueError, match="products need Normal posteriors, got DiagLaplace"):
