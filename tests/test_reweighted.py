@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meme_dist.distributions import Components, DiagLaplace, DiagNormal, Prior
 from meme_dist.noise import Noise
-from meme_dist.ratio import Contrast, LogRatio, Stage, classification_loss, fit_ratio, untrained
+from meme_dist.ratio import Contrast, LogRatio, Stage, _negatives, classification_loss, fit_ratio, untrained
 from meme_dist.resampling import BLOCK, _log_exponential, normaliser, resample
 from meme_dist.reweighted import Gain, Langevin, Resample, ReweightedPrior, gain, normalised
 
@@ -313,13 +313,14 @@ def test_a_second_stage_adds_nothing_where_the_first_one_has_said_all() -> None:
 
 
 def test_a_later_stage_is_chosen_on_draws_that_no_step_was_shown() -> None:
-    """A small pool is learnt by heart where nothing is to be found (q = p): on draws of its own the step 0, no ratio at all, is best."""
-    p = standard(4)
-    latents, fresh = p.sample(rows(400), "same", 1), p.sample(rows(4000), "new", 1)
-    settings = Contrast(width=64, depth=2, steps=150, batch_size=128, learning_rate=1e-2, stages=2, proposals=5, pool=200, held_out=0.3)
-    ratio = fit_ratio(p, latents, settings)
-    (_, second) = ratio.stages
-    assert second(fresh[0]).abs().mean() < 0.3
+    """Chosen on the pool that it learnt by heart, a stage would look better than none where nothing is to be found."""
+    contrast = Contrast(proposals=20, pool=300, held_out=0.5)
+    ratio = untrained(2, SMALL)
+    shaken(ratio)
+    negatives = _negatives(standard(2), ratio, contrast, torch.device("cpu"))
+    shown = {tuple(z.tolist()) for step in range(1, 20) for z in negatives(step, 200)}
+    hidden = {tuple(z.tolist()) for z in negatives(-1, 1000)}
+    assert 250 < len(shown) <= 300 and 120 < len(hidden) <= 150 and not shown & hidden
 
 
 def test_a_fit_depends_on_its_seed_alone_and_leaves_torchs_generator_as_it_was() -> None:
