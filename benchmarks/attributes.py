@@ -54,9 +54,9 @@ class Case(NamedTuple):
 def main(
     *,
     seeds: int = 3,
-    steps: int = 2000,
-    weights: tuple[float, ...] = (0.0, 10.0, 100.0),
-    hsic: tuple[float, ...] = (1000.0,),
+    steps: int = 5000,
+    weights: tuple[float, ...] = (0.0, 10.0),
+    hsic: tuple[float, ...] = (1000.0, 10_000.0),
     block_weights: tuple[float, ...] = (1.0,),
     source: Path | None = None,
     digit_seeds: int = 1,
