@@ -13,8 +13,9 @@ test time: its experts were never multiplied in training, so nothing made them s
 
 from typing import Literal, get_args
 
+from meme_dist.around import Around
 from meme_dist.distributions import DiagNormal, Mixture, Posterior, holder_pool, product
-from meme_dist.objectives.base import Around, Objective
+from meme_dist.objectives.base import Objective
 from meme_dist.objectives.csvae import CSVAE
 from meme_dist.types import Batch
 

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from meme_dist.around import Around
 from meme_dist.distributions import Posterior, wide
 from meme_dist.mcmc import MALA, Kernel, LogDensity, Result, sample
 from meme_dist.metrics.rows import device_of, evaluating, on_device
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Around, Objective
+from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch
 
 Start = Literal["sample", "mean"]

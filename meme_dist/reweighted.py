@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from meme_dist.around import Around
 from meme_dist.distributions import Prior
 from meme_dist.mcmc import HMC, MALA, ULA, sample
 from meme_dist.metrics.rows import device_of, evaluating, noise_of, on_device
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Around, Objective
+from meme_dist.objectives.base import Objective
 from meme_dist.resampling import LogWeight, Normaliser, Resampled, normaliser, resample
 from meme_dist.types import Batch
 

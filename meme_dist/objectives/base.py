@@ -166,39 +166,6 @@ class Objective(nn.Module, ABC):
         return explanation_table(modalities, batch, z, asked, each=self.each, private=private)
 
 
-class Around(Objective):
-    """A trained objective asked otherwise: networks, loss, inference and prior are its own, but for what a subclass says instead."""
-
-    private_latents = True
-
-    def __init__(self, objective: Objective):
-        super().__init__(cast(Mapping[str, Modality], dict(objective.modalities.items())))
-        self.objective = objective
-
-    def forward(self, batch: Batch) -> Loss:
-        """The loss that the objective was trained with."""
-        return self.objective(batch)
-
-    def posteriors(self, batch: Batch) -> Diagonal:
-        """The objective's."""
-        return self.objective.posteriors(batch)
-
-    def infer(self, batch: Batch) -> Posterior:
-        """The objective's."""
-        return self.objective.infer(batch)
-
-    def prior(self) -> Prior:
-        """The objective's."""
-        return self.objective.prior()
-
-    def private_prior(self, name: str) -> Diagonal:
-        """The objective's."""
-        return self.objective.private_prior(name)
-
-    def initialise(self, batch: Batch) -> None:
-        """It was trained."""
-
-
 def unpack(values: Float[Tensor, "R D"], row: Tensor, rows: int, filler: float) -> Float[Tensor, "{rows} D"]:
     """Packed rows to their places; padding falls into an extra last row that is cut off."""
     full = torch.full((rows + 1, values.shape[-1]), filler, dtype=values.dtype, device=values.device)
