@@ -126,7 +126,8 @@ def trained(cases: Sequence[Case], jobs: int) -> Iterator[Row]:
             write_shards(_dataset(next(c for c in cases if (c.data, c.missing) == (data, share))), _shards(folder, data, share))
         for case, row in zip(cases, pool.map(measured, cases, [folder] * len(cases)), strict=True):
             print(told(row), flush=True)
-            yield {**case._asdict(), **row}
+            about = {name: value for name, value in case._asdict().items() if name != "source"}  # a folder of this machine
+            yield {**about, **row}
 
 
 # ---- one training -----------------------------------------------------------------------------------------------------------------------
