@@ -2,8 +2,8 @@
 
 types     Each way to tell the networks a vertex's type, trained through the recipes and the trainer on graphs and their values (MVAE, the
           divergence weighted by beta; the graph's own term is D-VAE's loss), several seeds. The control is one-hot times four: a louder
-          beginning alone learns faster. `learnt` says how far from convergence a run
-          is: what log p(graph | z) of training rows gained over its last tenth.
+          beginning alone learns faster. `learnt` says how far from convergence a run is: what
+          log p(graph | z) of training rows gained over its last tenth.
 speed     log p(graph | z) and its gradient, all states of a vertex at once beside one choice after the other.
 missing   MEME of graph and value with more and more entries missing: either from the other, and what graphs that were asked for by value
           are really worth (made-up graphs, whose value is known for any graph).
@@ -28,7 +28,7 @@ from rich.console import Console
 from benchmarks.record import interleaved, keep
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import asia, dags
-from meme_dist.data.sets._graphs import parts
+from meme_dist.data.sets._graphs import parts as splits_of
 from meme_dist.data.shards import write_shards
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate
@@ -246,7 +246,7 @@ def _oracle(case: Case) -> tuple[graphs.Oracle, float]:
     else:
         types = int(case.data.removeprefix("dags"))
         found, raw = dags.drawn(types, 8, 8, case.rows, 0), lambda x: dags.value(x, 8)
-    seen = found.value[parts(case.data if case.data == "asia" else "dags", len(found.value))["train"]]  # as the known values
+    seen = found.value[splits_of(case.data if case.data == "asia" else "dags", len(found.value))["train"]]  # as the known values
     low, unit = float(seen.mean()), float(seen.std())
     return lambda x: (raw(x) - low) / unit, float((found.value.max() - low) / unit)
 

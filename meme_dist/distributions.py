@@ -308,6 +308,26 @@ def _normal(experts: Diagonal) -> DiagNormal:
     return experts
 
 
+Pool = Literal["mixture", "product", "product_with_standard", "holder"]
+
+
+def pool(q: Diagonal, observed: Bool[Tensor, "N B"], rule: Pool) -> Posterior:
+    """What the posteriors [N, B, D] of each row's observed modalities say together; a standard density of a row with none.
+
+    A row with one of them gets that one (by product_with_standard times N(0, I)), whatever columns stand beside it.
+    """
+    if len(q.mean) == 1 and rule != "product_with_standard":
+        return type(q)(q.mean[0], q.scale[0])
+    match rule:
+        case "mixture":
+            return Mixture(q, observed)
+        case "holder":
+            return holder_pool(q, observed)
+        case _:
+            joint = product(q, observed[None], standard=rule == "product_with_standard")
+            return DiagNormal(joint.mean[0], joint.scale[0])
+
+
 def holder_pool(experts: Diagonal, observed: Bool[Tensor, "N B"]) -> WeightedMixture:
     """Hoelder pooling at alpha = 1/2 of each row's observed Normal experts [N, B, D], exactly, with even weights of the experts:
 

@@ -11,15 +11,14 @@ A product is what a model trained with products does by itself (MVAE, MoPoE, MVT
 test time: its experts were never multiplied in training, so nothing made them sharp in the same directions.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 from meme_dist.around import Around
-from meme_dist.distributions import DiagNormal, Mixture, Posterior, holder_pool, product
+from meme_dist.distributions import DiagNormal, Pool, Posterior, pool
 from meme_dist.objectives.base import Objective
 from meme_dist.objectives.csvae import CSVAE
 from meme_dist.types import Batch
 
-Pool = Literal["mixture", "product", "product_with_standard", "holder"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
@@ -31,24 +30,14 @@ class Pooled(Around):
     the other latents.
     """
 
-    def __init__(self, objective: Objective, pool: Pool):
+    def __init__(self, objective: Objective, rule: Pool):
         super().__init__(objective)
         if isinstance(objective, CSVAE):
             raise ValueError("csvae infers the latents of labels by itself: what its encoders say cannot be pooled; leave --pool out")
-        if pool != "mixture" and self.family is not DiagNormal:
-            raise ValueError(f"pool {pool!r} needs Normal posteriors, this model's are {self.family.__name__}; 'mixture' works with them")
-        self.pool: Pool = pool
+        if rule != "mixture" and self.family is not DiagNormal:
+            raise ValueError(f"pool {rule!r} needs Normal posteriors, this model's are {self.family.__name__}; 'mixture' works with them")
+        self.rule: Pool = rule
 
     def infer(self, batch: Batch) -> Posterior:
         """The pool of what each observed modality says alone."""
-        q, observed = self.posteriors(batch), batch.observed.T
-        if len(batch.modalities) == 1 and self.pool != "product_with_standard":
-            return type(q)(q.mean[0], q.scale[0])
-        match self.pool:
-            case "mixture":
-                return Mixture(q, observed)
-            case "holder":
-                return holder_pool(q, observed)
-            case _:
-                joint = product(q, observed[None], standard=self.pool == "product_with_standard")
-                return type(joint)(joint.mean[0], joint.scale[0])
+        return pool(self.posteriors(batch), batch.observed.T, self.rule)

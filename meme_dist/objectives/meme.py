@@ -27,12 +27,12 @@ from meme_dist.distributions import (
     DiagNormal,
     Diagonal,
     Drawn,
-    Mixture,
     Posterior,
     divergence,
     meme_bound,
     mixture_of,
     pair_divergence,
+    pool,
     product,
     resample,
     sample_table,
@@ -115,14 +115,7 @@ class MEME(Objective):
 
     def infer(self, batch: Batch) -> Posterior:
         """q(z | what each row observes): the only posterior, or the combination of several. A row with nothing gets a standard density."""
-        q = self.posteriors(batch)
-        if len(batch.modalities) == 1 and self.inference != "product_with_standard":
-            return type(q)(q.mean[0], q.scale[0])
-        observed = batch.observed.T
-        if self.inference == "mixture":
-            return Mixture(q, observed)
-        joint = product(q, observed[None], standard=self.inference == "product_with_standard")
-        return type(joint)(joint.mean[0], joint.scale[0])
+        return pool(self.posteriors(batch), batch.observed.T, self.inference)
 
     def prior(self) -> Components:
         """The even mixture of every modality's pseudo-input posteriors."""
