@@ -55,7 +55,7 @@ Set = Literal["enas", "asia", "dags8", "dags512"]
 VERTICES: tuple[Vertices, ...] = ("one_hot", "one_hot_x4", "embedding", "tied")
 CONTROL = "one_hot"
 INDUCING = 500
-ROWS = 20_000  # made-up graphs
+ROWS, SIZE = 20_000, 8  # made-up graphs, and their vertices at most
 Row = dict[str, Any]
 
 
@@ -72,6 +72,7 @@ class Case(NamedTuple):
     missing: float
     source: str
     rows: int
+    size: int
     beta: float
 
 
@@ -88,6 +89,7 @@ def main(
     missing: tuple[float, ...] = (0.0, 0.3, 0.5),
     beta: float = 0.005,
     rows: int = ROWS,
+    size: int = SIZE,
     jobs: int = 2,
     save: bool = True,
 ) -> None:
@@ -105,10 +107,12 @@ def main(
         missing: Shares of entries for `missing`.
         beta: Weight of the divergence for `types` and `search`; .005 in D-VAE.
         rows: Made-up graphs, those to test on included.
+        size: Vertices of a made-up graph, at most; small ones converge within minutes of a CPU.
         jobs: Trainings at a time, each on one thread.
         save: Append the rows to benchmarks/results/graphs.jsonl.
     """
-    common = {"steps": steps, "hidden": hidden, "learning_rate": learning_rate, "source": str(source or ""), "rows": rows, "beta": beta}
+    common = {"steps": steps, "hidden": hidden, "learning_rate": learning_rate, "source": str(source or "")}
+    common |= {"rows": rows, "size": size, "beta": beta}
     cases = [Case("types", d, v, s, missing=0.0, **common) for d in sets for v in vertices for s in seeds] if "types" in parts else []
     cases += [Case("missing", "dags8", "embedding", s, missing=m, **common) for m in missing for s in seeds] if "missing" in parts else []
     searched: Set = "dags8" if source is None else "asia"
@@ -152,7 +156,7 @@ def recipe_of(case: Case) -> Recipe:
         case "asia":
             return asia_recipe(source=Path(case.source), **shared)
         case "dags8" | "dags512":
-            return dags_recipe(types=int(case.data.removeprefix("dags")), rows_in_all=case.rows, **shared)
+            return dags_recipe(types=int(case.data.removeprefix("dags")), rows_in_all=case.rows, size=case.size, **shared)
 
 
 def measured(case: Case, folder: str) -> Row:
@@ -245,7 +249,7 @@ def _oracle(case: Case) -> tuple[graphs.Oracle, float]:
         raw: graphs.Oracle = lambda x: asia.bic(asia.adjacency(x), sample)  # noqa: E731
     else:
         types = int(case.data.removeprefix("dags"))
-        found, raw = dags.drawn(types, 8, 8, case.rows, 0), lambda x: dags.value(x, 8)
+        found, raw = dags.drawn(types, 8, case.size, case.rows, 0), lambda x: dags.value(x, 8)
     seen = found.value[splits_of(case.data if case.data == "asia" else "dags", len(found.value))["train"]]  # as the known values
     low, unit = float(seen.mean()), float(seen.std())
     return lambda x: (raw(x) - low) / unit, float((found.value.max() - low) / unit)
