@@ -32,15 +32,23 @@ def test_programs_may_run_in_any_order(pair: Pair) -> None:
 # ---- bytes: ops that read every number once and write every result once ---------------------------------------------------------------
 
 STREAMS = {"log_likelihood", "product_divergence", "product_of_experts", "token_log_prob"}
+ROWS = 32  # of the products: 32 subsets of each of 128 rows would take minutes here, and request four times the bytes
 
 
 def _small() -> list:
     return [
-        pytest.param(op, case, id=f"{op.name}: {case.label}")
+        pytest.param(op, _fewer(case) if op.name.startswith("product") else case, id=f"{op.name}: {case.label}")
         for op in OPS
         if op.name in STREAMS
         for case in op.cases("small", torch.device("cpu"), torch.float32)
     ]
+
+
+def _fewer(case: Case) -> Case:
+    mean, scale, *rest = case.arguments
+    return Case(
+        f"{case.label}, {ROWS} of its rows", (*(x.detach()[:, :ROWS].requires_grad_() for x in (mean, scale)), *rest), case.settings
+    )
 
 
 @pytest.mark.parametrize(("op", "case"), _small())
