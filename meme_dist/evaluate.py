@@ -177,7 +177,7 @@ def _parts(
     measures: Measures,
 ) -> list[results.Part]:
     """What the test rows alone are asked."""
-    sources = source_sets(names, most=measures.coherence_sources, seed=measures.seed) if measures.coherence_sources else []
+    sources = source_sets(names, most=measures.coherence_sources) if measures.coherence_sources else []
     parts = []
     if measures.likelihood_rows:
         samples, rows = measures.likelihood_samples, measures.likelihood_rows
@@ -188,7 +188,7 @@ def _parts(
     if measures.frechet_rows and embedders:
         parts.append(results.frechets(embedders, names, rows=measures.frechet_rows))
     if measures.imputation_rows:
-        patterns = sources or source_sets(names, seed=measures.seed)
+        patterns = sources or source_sets(names)
         parts.append(results.imputations(objective, patterns, rows=measures.imputation_rows, draws=measures.imputation_draws))
     return parts
 

@@ -1,7 +1,7 @@
 """What a decoder's output means: log p(x | parameters), its mean, and how many outputs a datum needs.
 
 A decoder gives parameters [K, P, *event] (times two outputs, or a vocabulary, where `outputs` says so). Learned scales and dispersions are
-parameters of the likelihood, one for each channel (the event's first axis) or one for the whole event.
+parameters of the likelihood: one scale for the whole event, one dispersion for each of its elements.
 """
 
 import math

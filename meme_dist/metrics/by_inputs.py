@@ -3,7 +3,7 @@
 For every size n the mean over the pairs (sources, target), |sources| = n, target outside them, of the cross coherence of that pair; over
 all targets, and towards each one. Where the sets of sources were sampled (many modalities) it is the mean over those that were. The rows
 of a split stand in many pairs, so the pairs are far from independent: the interval is that of the delete-a-group jackknife, which leaves
-groups of rows out of all pairs at once. One pair alone keeps Wilson's interval.
+groups of rows out of all pairs at once. One pair alone keeps Wilson's interval, and so does what is the same without any group.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from meme_dist.metrics.coherence import Sources, cross_key
 from meme_dist.metrics.intervals import Estimate, jackknife, proportion
@@ -53,5 +54,8 @@ def _mean(sums: Mapping[str, Sums], keys: Sequence[str]) -> Estimate:
     with np.errstate(invalid="ignore"):
         left = (hits.sum(1, keepdims=True) - hits) / (count.sum(1, keepdims=True) - count)  # NaN where a group was all there was
     whole = math.fsum(hits.sum(1) / count.sum(1)) / len(keys)
-    estimate = jackknife(whole, left.mean(0).tolist(), count=round(float(count.sum(1).max())))
+    rows = round(float(count.sum(1).max()))
+    estimate = jackknife(whole, left.mean(0).tolist(), count=rows)
+    if estimate.low == estimate.high:  # all or nothing in every group: no spread to go by, and yet not certain
+        return proportion(Sums(torch.tensor(whole * rows), torch.tensor(rows)))
     return estimate._replace(low=max(0.0, estimate.low), high=min(1.0, estimate.high))

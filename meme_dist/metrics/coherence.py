@@ -24,23 +24,23 @@ from meme_dist.types import Batch, Sums
 Sources = tuple[str, ...]
 
 
-def source_sets(names: Sequence[str], *, most: int = 31, seed: int = 0) -> list[Sources]:
+def source_sets(names: Sequence[str], *, most: int = 31) -> list[Sources]:
     """The non-empty sets of modalities to start from, small ones first, each in the order of `names`.
 
-    All 2^N - 1 of them while they are at most `most`; else about equally many of every size, the small families whole and the large
-    ones sampled without repetition (a pure function of names, most and seed).
+    All 2^N - 1 of them while they are at most `most`; else every modality alone, and about equally many of every other size, the small
+    families whole and the large ones sampled without repetition. A pure function of both: runs of any seed are asked the same.
     """
     if most < 1:
         raise ValueError(f"source_sets: expected at least one set, got most={most}")
     sizes = range(1, len(names) + 1)
     quota = _quotas([math.comb(len(names), size) for size in sizes], most)
-    generator = random.Random(seed)
+    generator = random.Random(0)
     return [chosen for size, count in zip(sizes, quota, strict=True) for chosen in _some(names, size, count, generator)]
 
 
 def _quotas(families: Sequence[int], most: int) -> list[int]:
-    """Hand out `most` places, one to each unfinished family in turn, smallest sets first."""
-    quota = [0] * len(families)
+    """Hand out `most` places: to single modalities first, then one to each unfinished family in turn, smallest sets first."""
+    quota = [min(families[0], most), *[0] * (len(families) - 1)]
     while sum(quota) < min(most, sum(families)):
         for index, available in enumerate(families):
             if quota[index] < available and sum(quota) < most:

@@ -10,7 +10,8 @@ For a row that holds the sources S and the target j: z_k ~ q(z | x_S), K draws, 
     coverage, crps   of one x_k ~ p(x | z_k) for each z_k (`meme_dist.metrics.predictive`): intervals that hold the value as often as
                      they say are calibrated. For Normal, Laplace, Poisson and negative binomial likelihoods.
 
-Up to five modalities every pattern is told apart, beyond that the patterns of one size are taken together.
+Up to five modalities every pattern is told apart, beyond that the patterns of one size are taken together: a row counts once, with its
+mean over those that it holds.
 """
 
 import math
@@ -71,16 +72,19 @@ def imputation(sources: Sequence[Sources], *, rows: int, draws: int = 39) -> Met
         covered(torch.zeros(1, 1, dtype=torch.int64), draws, level)
 
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
-        names = list(batch.modalities)
-        sums: dict[str, Sums] = {}
+        names, wanted = list(batch.modalities), batch.draw < rows
+        totals: dict[str, Float[Tensor, "2 B"]] = {}  # of each row over the sets that share a line, and of how many
         for chosen in sources:
             targets = [name for name in names if name not in chosen]
-            for target, values in _from_sources(objective, batch, chosen, targets, batch.draw < rows, draws).items():
+            for target, values in _from_sources(objective, batch, chosen, targets, wanted, draws).items():
+                counted = wanted & holds(batch, [*chosen, target])
                 for quantity in quantities(objective, target):
                     key = imputation_key(pattern_of(chosen, len(names)), target, quantity)
-                    for name, new in with_square(key, values[quantity]).items():
-                        old = sums.get(name)
-                        sums[name] = new if old is None else Sums(old.total + new.total, old.count + new.count)
+                    own = values[quantity].detach().double()
+                    totals.setdefault(key, own.new_zeros(2, len(counted)))[:, counted] += torch.stack([own, torch.ones_like(own)])
+        sums: dict[str, Sums] = {}
+        for key, (total, count) in totals.items():
+            sums |= with_square(key, total[count > 0] / count[count > 0])
         return sums
 
     return metric

@@ -31,7 +31,7 @@ class Attribute(Modality):
     """A label with `values` values that owns the latents `start` to `start + size` of `latent_dim`.
 
     `kind`: "flag" is one number in [0, 1] [R, 1] under a Bernoulli likelihood (between 0 and 1: a belief), "word" one token [R, 1] of a
-    vocabulary of 3 + `values` words under a categorical one; an unknown word says nothing.
+    vocabulary of 3 + `values` words under a categorical one; an unknown word is no value (its log-likelihood is about -1e4): leave it out.
     `weight` is what log p(y | w) counts in the objective: above 1 it makes the block a better classifier than the bound asks for.
     """
 

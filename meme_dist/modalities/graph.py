@@ -199,7 +199,7 @@ class GraphLikelihood(nn.Module):
 
 
 class Cell(nn.Module):
-    """A gated recurrent unit whose input comes projected, [r, u, n] of 3 H: u * h + (1 - u) * tanh(n + r * W_n h) (Cho et al. 2014)."""
+    """A gated recurrent unit whose input comes projected, [r, u, n] of 3 H: u * h + (1 - u) * tanh(n + r * W_n h), as `torch.nn.GRU`."""
 
     def __init__(self, hidden: int):
         super().__init__()

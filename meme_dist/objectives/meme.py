@@ -114,7 +114,7 @@ class MEME(Objective):
         return self.split(self.encodings(batch, self.conditional_prior))[0]
 
     def infer(self, batch: Batch) -> Posterior:
-        """q(z | what each row observes): the only posterior, or the combination of several. A row with nothing gets a standard density."""
+        """q(z | what each row observes), pooled by `inference` (`distributions.pool`). A row with nothing gets a standard density."""
         return pool(self.posteriors(batch), batch.observed.T, self.inference)
 
     def prior(self) -> Components:

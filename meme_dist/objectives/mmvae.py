@@ -7,8 +7,8 @@ and a row's loss is minus one of the bounds of `meme_dist.bounds`, whose strata 
 A row with missing modalities mixes, and explains, those it has.
 
 The doubly reparameterised gradient (`dreg`, what Shi et al. publish and MultiVae trains) drops the score of log q from d log w, and gives
-each sample's path its weight twice in return. For samples of the very q whose score is dropped, that leaves the expected gradient as it is.
-Samples of stratum i come from q_i, though, and the score of the mixture is
+each sample's path a second factor in return, 1 - beta (1 - w): its weight again at beta = 1. For samples of the very q whose score is
+dropped, that leaves the expected gradient as it is. Samples of stratum i come from q_i, though, and the score of the mixture is
 
     d log q(z | x) = sum_j r_j(z) d log q_j(z | x_j),      r_j = q_j / sum_l q_l
 
@@ -28,7 +28,7 @@ w_ik / n, tight: w_ik) and T_j, r_j from there,
                                - beta r_j (u_ik - 1 / (n K)) d(log q_i - log q)/dz } dT_j / d phi_j
 
 in which 1 / (n K) takes nothing away, sum_i E_{q_i} r_j d log q_j being n E_q r_j d log q_j = 0, and is there to lessen the noise. It
-decodes no more than `dreg`, equals it for one modality at beta = 1, and is exact for any K, beta, and family.
+decodes no more than `dreg`, equals it for one modality, and is exact for any K, beta, and family.
 """
 
 from collections.abc import Mapping
@@ -140,12 +140,17 @@ class MMVAE(Objective):
         return samples._replace(z=z, density=densities(z, q), others=others)
 
     def _double(self, samples: "Samples", weight: Float[Tensor, "S K B"]) -> None:
-        """The second weight of dreg, on every way in which a sample's place enters; of unbiased_dreg, on how it moves with all experts."""
+        """The second factor of dreg, on every way in which a sample's place enters; of unbiased_dreg, on how it moves with all experts."""
+        factor = self._factor(weight)
         if self.gradient == "dreg":
-            scale_gradient(samples.z, weight[..., None])
-            scale_gradient(samples.density, weight[:, None])
+            scale_gradient(samples.z, factor[..., None])
+            scale_gradient(samples.density, factor[:, None])
         if samples.others is not None:
-            scale_gradient(samples.others, -self.beta * (1 - weight)[..., None])
+            scale_gradient(samples.others, (factor - 1)[..., None])
+
+    def _factor(self, weight: Float[Tensor, "S K B"]) -> Float[Tensor, "S K B"]:
+        """1 - beta (1 - w): log q counts beta times in log w, and so does its score. At beta = 1 the weight itself, to the bit."""
+        return (1 - self.beta) + self.beta * weight
 
     def _apart(self, samples: "Samples", q: Diagonal, weighted: Weighted, batch: Batch) -> Float[Tensor, " B"]:
         """What unbiased_dreg adds because a sample comes from one expert, not from the mixture; its value means nothing."""

@@ -65,8 +65,7 @@ class MMVAEPlus(MMVAE):
         super()._double(samples, weight)
         if self.gradient == "iwae":
             return
-        if self.gradient == "unbiased_dreg":  # own latents come from the very density whose score is dropped: no other expert is involved
-            weight = 1 - self.beta * (1 - weight)  # the weight itself at beta = 1, where dreg is right about them
+        weight = self._factor(weight)  # own latents come from the very density whose score is dropped: no other expert is involved
         scale_gradient(samples.ratio, weight)
         for j, private in enumerate(samples.private.values()):  # draws of r_j are not reparameterised posteriors: theirs stays as it is
             scale_gradient(private, torch.where(samples.source == j, weight, 1.0)[..., None])

@@ -77,6 +77,8 @@ class MoPoE(Objective):
             return DiagNormal(joint.mean[0], joint.scale[0])
         subsets = all_subsets(len(observed), observed.device)
         products, _ = product_divergence(experts, self._members(subsets), standard=False)
+        something = observed.any(0)[:, None]  # where a row has nothing, products of what stands in for its modalities are no N(0, I)
+        products = DiagNormal(torch.where(something, products.mean, 0.0), torch.where(something, products.scale, 1.0))
         return even_mixture(products, _within(subsets, observed))
 
     def forward(self, batch: Batch) -> Loss:

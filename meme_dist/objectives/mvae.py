@@ -75,7 +75,7 @@ class MVAE(Objective):
 
     def _noise(self, batch: Batch) -> Float[Tensor, "S B D"]:
         noise, size = Noise(batch.seed, batch.draw), self.latent_dim
-        drawn = [noise.normal("subset", self.subsets, size)] if self.subsets else []
+        drawn = [noise.normal("subset/z", self.subsets, size)] if self.subsets else []  # "subset" chose the subsets
         return torch.cat([noise.normal(purpose, 1, size) for purpose in ("joint", *batch.modalities)] + drawn)
 
     def _terms(self, batch: Batch, explained: Float[Tensor, "S N B"], kl: Float[Tensor, "S B"]) -> Mapping[str, Sums]:

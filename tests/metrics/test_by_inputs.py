@@ -93,6 +93,14 @@ def test_one_pair_keeps_wilsons_interval_and_pairs_that_no_row_holds_count_nowhe
     assert coherence_by_inputs(sums_of(hits, keys, 0 * held), [("a",), ("b",)], ["t"]) == []
 
 
+def test_all_hits_are_not_certain() -> None:
+    """The jackknife sees no spread where every row is right, or none: the interval is Wilson's for the rows of one pair."""
+    keys = [cross_key((name,), "t") for name in "ab"]
+    for share in (1.0, 0.0):
+        (line,) = coherence_by_inputs(sums_of(np.full((2, 20), share), keys), [("a",), ("b",)], ["t"])
+        assert line.estimate == proportion(Sums(torch.tensor(20 * share), torch.tensor(20.0)))
+
+
 def test_ceilings_stand_beside_the_targets_that_have_one() -> None:
     seen, label = misread(40)
     data = [rows(seen, label)]

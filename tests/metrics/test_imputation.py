@@ -90,9 +90,22 @@ def test_up_to_five_modalities_patterns_stand_apart_and_beyond_together_by_their
     names, label = "abcdef", np.arange(12) % CLASSES
     objective = planted({name: modality() for name in names})
     found = evaluate(objective, [rows(dict.fromkeys(names, label), None)], [imputation([("a",), ("b",), ("a", "c")], rows=10)])
-    assert found["imputation/1 observed>f/squared_error"].count == 20 and found["imputation/1 observed>b/squared_error"].count == 10
+    assert found["imputation/1 observed>f/squared_error"].count == 10 and found["imputation/1 observed>b/squared_error"].count == 10
     assert found["imputation/2 observed>b/squared_error"].count == 10 and not any("a+c" in name for name in found)
     assert found["imputation/1 observed>f/squared_error"].total == 0
+
+
+def test_a_row_counts_once_among_the_patterns_of_one_size() -> None:
+    """Six modalities: a row's error is the same from any of five sources, and the interval is as wide as that of its rows."""
+    names, label = "abcdef", np.arange(24) % CLASSES
+    objective, seen = planted({name: modality() for name in names}), dict.fromkeys(names, label)
+    seen["f"] = np.where(np.arange(24) % 2, label, (label + 1) % CLASSES)  # wrong in every other row, whatever asks
+    seen["e"] = np.where(np.arange(24) < 12, label, -1)  # missing: those rows have four sources
+    found = evaluate(objective, [rows(seen, label)], [imputation([(name,) for name in names], rows=24)])
+    key = "imputation/1 observed>f/squared_error"
+    assert found[key].count == 24
+    one = float(found[key].total) / 12
+    assert float(found[f"{key}/square"].total) == pytest.approx(12 * one**2)
 
 
 # ---- other kinds of data ----------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,12 @@ def test_inference_by_the_product_takes_all_that_a_row_observes(expert: str) -> 
     torch.testing.assert_close(pair.mean[5], Row(objective, x, batch, 5).product(["a", "b"], standard=False).loc)
 
 
+@pytest.mark.parametrize("inference", ["product", "mixture"])
+def test_a_row_of_nothing_gets_the_prior(inference: str) -> None:
+    q, z = build(MoPoE, inference=inference).infer(rows([(0, 0, 0), (1, 0, 1)], 1)[1]), torch.randn(7, 2, 2).double()
+    torch.testing.assert_close(q.log_prob(z)[:, 0], torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 0]).sum(-1))
+
+
 def many(count: int, **keywords: object) -> MoPoE:
     def linear() -> Modality:
         pair = {"encoder": torch.nn.Linear(1, 4), "decoder": torch.nn.Linear(2, 1)}
