@@ -34,6 +34,7 @@ from meme_dist.recipes.base import Model, Recipe
 from meme_dist.recipes.mnist_attributes import mnist_attributes
 from meme_dist.recipes.swiss_roll import swiss_roll
 from meme_dist.run import Ranks, initial_objective, shards_of
+from meme_dist.train.startup import device
 from meme_dist.train.trainer import Trainer
 
 Row = dict[str, Any]
@@ -89,7 +90,7 @@ def main(
             print(told(rows[-1]), flush=True)
     show(rows)
     if save and rows:
-        print(f"\nkept in {keep('attributes', rows)}")
+        print(f"\nkept in {keep('attributes', rows, device=device(), threads=threads)}")
 
 
 def cases(seeds: int, weights: Sequence[float], hsic: Sequence[float], block_weights: Sequence[float], digit_seeds: int) -> Iterator[Case]:

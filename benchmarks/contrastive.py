@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.record import keep
-from meme_dist import run, stored
+from benchmarks.record import CPU, keep
+from meme_dist import record, run, stored
 from meme_dist.assess import Place, classifiers_of, evaluation
 from meme_dist.classifiers import Classifier
 from meme_dist.distributions import Components, DiagNormal, Prior
@@ -39,7 +39,9 @@ from meme_dist.objectives.base import Objective
 from meme_dist.ratio import Contrast, LogRatio, fit_ratio
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Model, Name
+from meme_dist.recipes.keywords import flatten, unflatten
 from meme_dist.reweighted import Langevin, Resample, Reweighted, gain, normalised, posterior_draws
+from meme_dist.supervise import progress
 from meme_dist.train.training import Training
 
 Row = dict[str, Any]
@@ -94,7 +96,7 @@ def main(
         source: Folder with the images' file, for mnist and fashion.
         model_steps: Training steps of a model.
         judged: Prior draws that are judged.
-        folder: Where runs and data are kept; a run that is there is not trained again.
+        folder: Where runs and data are kept; a run that is there goes on from its last step, if any are left.
         processes: That work side by side, one thread each.
         save: Append the rows to benchmarks/results/contrastive.jsonl.
     """
@@ -115,7 +117,7 @@ def main(
         for done in pool.map(_called, tasks):
             rows += done
             if save:
-                keep("contrastive", done)
+                keep("contrastive", done, device=CPU, threads=1)
     show(rows)
 
 
@@ -229,10 +231,7 @@ def latents(
     place = folder / f"{shared['images']}-{objective}-{model_steps}-{seed}"
     model = Model(objective=objective, latent_dim=16, samples=5, combination="product")
     training = Training(steps=model_steps, batch_size=128, learning_rate=1e-3, schedule="cosine", evaluate_every=model_steps, seed=seed)
-    if not (place / "checkpoints" / "last").is_dir():
-        run.train(
-            "planted", {**shared, "model": model, "training": training}, run.Where(str(place), data=folder, evaluate=False), console=QUIET
-        )
+    trained(place, {**shared, "model": model, "training": training}, data=folder)
     found = stored.load(place, device=torch.device("cpu"))
     judges = classifiers_of(found.recipe, found.manifest, folder / "classifiers", console=QUIET)
     table = {
@@ -259,6 +258,20 @@ def latents(
             }
         )
     return rows
+
+
+def trained(place: Path, keywords: Mapping[str, Any], *, data: Path) -> None:
+    """Begin the run, go on with it, or leave it as it is: it has all of its steps then.
+
+    Raises RuntimeError where it was told to stop before the last one: a half-trained model is not to be judged.
+    """
+    steps = keywords["training"].steps
+    if progress(place) >= steps:
+        return
+    begun = str(place) if (place / record.FILE).is_file() else None
+    every = unflatten(RECIPES["planted"], flatten(keywords))  # a run goes on only under all the keywords that it began with
+    if not run.train("planted", every, run.Where(str(place), resume=begun, data=data, evaluate=False), console=QUIET):
+        raise RuntimeError(f"{place}: stopped at step {progress(place)} of {steps}; start the benchmark again to go on with it")
 
 
 def judge(objective: Objective, judges: Mapping[str, Classifier], real: Mapping[str, Moments], num: int, seed: int) -> Row:

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from benchmarks.record import interleaved, keep
+from benchmarks.record import CPU, interleaved, keep
 from meme_dist.likelihoods import Laplace
 from meme_dist.modalities.vector import mlp
 from meme_dist.objectives.meme import MEME
@@ -41,7 +41,7 @@ def main(*, rows: int = 64, draws: int = 200, steps: int = 400, samples: int = 1
         results += _measure(objective, halves, rows, draws, stage)
     _show(results)
     if save:
-        print(f"\nkept in {keep('estimators', results)}")
+        print(f"\nkept in {keep('estimators', results, device=CPU, threads=threads)}")
 
 
 def _batch(halves: tuple[Tensor, ...], index: Tensor, draw: int) -> Batch:

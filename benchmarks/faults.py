@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import damage
-from benchmarks.record import keep
+from benchmarks.record import CPU, keep
 from meme_dist.data.stream import Stream
 from meme_dist.supervise import progress
 from meme_dist.train import checkpoint
@@ -61,7 +61,7 @@ def main(*, kills: int = 5, folder: Path | None = None, save: bool = True) -> No
         measured = [*damage.measured(runs / "shards"), *of_jobs(runs / "jobs", kills)]
     show(measured)
     if save:
-        print(f"kept in {keep('faults', measured)}")
+        print(f"kept in {keep('faults', measured, device=CPU, threads=1)}")
 
 
 # ---- jobs: what is to happen, and what happened ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.record import interleaved, keep
+from benchmarks.record import CPU, interleaved, keep
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import asia, dags
 from meme_dist.data.sets._graphs import parts as splits_of
@@ -47,6 +47,7 @@ from meme_dist.recipes.dags import dags as dags_recipe
 from meme_dist.recipes.enas import enas as enas_recipe
 from meme_dist.recipes.graphs import Vertices
 from meme_dist.run import initial_objective
+from meme_dist.train.startup import device
 from meme_dist.train.trainer import Trainer
 from meme_dist.train.training import Training
 
@@ -117,10 +118,11 @@ def main(
     cases += [Case("missing", "dags8", "embedding", s, missing=m, **common) for m in missing for s in seeds] if "missing" in parts else []
     searched: Set = "dags8" if source is None else "asia"
     cases += [Case("search", searched, "embedding", s, missing=0.0, **common) for s in seeds] if "search" in parts else []
-    found = [*(speeds() if "speed" in parts else []), *trained(cases, jobs)]
-    show(found)
-    if save and found:
-        print(f"\nkept in {keep('graphs', found)}")
+    timed, fitted = speeds() if "speed" in parts else [], list(trained(cases, jobs))
+    show([*timed, *fitted])
+    if save:
+        keep("graphs", timed, device=CPU, threads=1)
+        print(f"\nkept in {keep('graphs', fitted, device=device(), threads=1)}")
 
 
 def trained(cases: Sequence[Case], jobs: int) -> Iterator[Row]:

@@ -67,7 +67,7 @@ def main(
         if rows and not gate.faults:
             tables.show(rows)
             if save:
-                keep("kernels", rows)
+                keep("kernels", rows, device=where, threads=threads)
     if save:
         print(f"\nkept in {tables.write()} and {plots.write()}")
     if where.type == "cpu":
@@ -92,7 +92,7 @@ def _rows(gate: Gate, size: Size, device: torch.device, repeats: int, deadline: 
             if time.monotonic() > deadline:
                 print(f"{op.name} {case.label}, {mode}: left out, the time is up", file=sys.stderr)
                 continue
-            about = {"op": op.name, "size": size, "case": case.label, "mode": mode, "kind": device.type}
+            about = {"op": op.name, "size": size, "case": case.label, "mode": mode}
             cost = _cost(op, case, mode)
             for row in _measured(able, case, mode, device, repeats):
                 first = gate.first[row["provider"], case.label]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ranks import run_ranks, sent_bytes
-from benchmarks.record import keep
+from benchmarks.record import CPU, keep
 from meme_dist.modalities.vector import mlp
 from meme_dist.objectives.meme import MEME, Estimator
 from meme_dist.train.modality_parallel import ModalityParallel
@@ -58,7 +58,7 @@ def main(
         cells = [f"{r[k] / 1e6:.3f} ({r[f'{k} by formula'] / r[k]:.4f}, {(r[f'{k} by TCP'] or 0) / r[k]:.3f})" for k in kinds]
         print(f"{r['ranks']:>5}{r['N']:>4}{r['parameters']:>12,}" + "".join(f"{c:>24}" for c in cells) + f"{r['break_even']:>26,.0f}")
     if save:
-        print(f"\nkept in {keep('modality_parallel', results)}")
+        print(f"\nkept in {keep('modality_parallel', results, device=CPU, threads=1)}")
 
 
 class Counted(TorchDispatchMode):

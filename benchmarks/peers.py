@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import keep
+from benchmarks.record import CPU, keep
 from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
@@ -106,7 +106,7 @@ def main(
         print(told(rows[-1]), flush=True)
     show(rows)
     if save and rows:
-        print(f"\nkept in {keep('peers', rows)}")
+        print(f"\nkept in {keep('peers', rows, device=CPU, threads=1)}")
 
 
 def cases(

@@ -1,39 +1,39 @@
 """Three pictures of the newest rows: share of the copy bandwidth against size, cost against N, K and M, what the host spends a call."""
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
-from benchmarks.tables import newest
+from benchmarks.tables import newest, setups
 
 Row = dict[str, Any]
 COLOURS = {"naive": "#b4593b", "reference": "#4c78a8", "compiled": "#72a98f", "triton": "#222222", "triton graph": "#9a7fb8"}
 
 
 def write() -> Path:
-    """Draw all that there are rows for, one file a device and picture, into results/plots."""
+    """Draw all that there are rows for, one file a setup and picture, into results/plots."""
     folder, rows = RESULTS / "plots", newest()
     folder.mkdir(parents=True, exist_ok=True)
-    for device in sorted({row["device"] for row in rows}):
-        own = [row for row in rows if row["device"] == device]
-        stem = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
-        _roofline([row for row in own if row["size"] != "sweep" and row["mode"] == "both"], device, folder / f"{stem}-roofline.png")
-        _sweep([row for row in own if row["size"] == "sweep"], device, folder / f"{stem}-sweep.png")
-        _host([row for row in own if row.get("host_us") and row["mode"] == "both"], device, folder / f"{stem}-host.png")
+    for title, own in setups(rows):
+        stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        _roofline([row for row in own if row["size"] != "sweep" and row["mode"] == "both"], title, folder / f"{stem}-roofline.png")
+        _sweep([row for row in own if row["size"] == "sweep"], title, folder / f"{stem}-sweep.png")
+        _host([row for row in own if row.get("host_us") and row["mode"] == "both"], title, folder / f"{stem}-host.png")
     return folder
 
 
-def _roofline(rows: list[Row], device: str, path: Path) -> None:
+def _roofline(rows: list[Row], title: str, path: Path) -> None:
     def draw(axes: Any, panel: str) -> None:
         _lines(axes, [row for row in rows if row["op"] == panel], lambda row: row["bytes"], lambda row: row["percent_of_copy"])
         axes.axhline(100, color="#999999", linewidth=0.8)
         axes.set(title=panel, xlabel="bytes (least)", ylabel="% of copy bandwidth", xscale="log", yscale="log")
 
-    _panels(sorted({row["op"] for row in rows}), draw, f"Forward and backward, {device}", path)
+    _panels(sorted({row["op"] for row in rows}), draw, f"Forward and backward, {title}", path)
 
 
-def _sweep(rows: list[Row], device: str, path: Path) -> None:
+def _sweep(rows: list[Row], title: str, path: Path) -> None:
     names = sorted({(row["op"], row["case"].split(":")[0]) for row in rows})
 
     def draw(axes: Any, panel: str) -> None:
@@ -45,15 +45,15 @@ def _sweep(rows: list[Row], device: str, path: Path) -> None:
         axes.set_xticks(points, [str(point) for point in points], minor=False)
         axes.minorticks_off()
 
-    _panels([f"{op} / {axis} / {what}" for what in ("ms", "peak MB") for op, axis in names], draw, f"Forward and backward, {device}", path)
+    _panels([f"{op} / {axis} / {what}" for what in ("ms", "peak MB") for op, axis in names], draw, f"Forward and backward, {title}", path)
 
 
-def _host(rows: list[Row], device: str, path: Path) -> None:
+def _host(rows: list[Row], title: str, path: Path) -> None:
     def draw(axes: Any, panel: str) -> None:
         _lines(axes, [row for row in rows if row["op"] == panel], lambda row: row["bytes"], lambda row: row["host_us"])
         axes.set(title=panel, xlabel="bytes (least)", ylabel="host us a call", xscale="log", yscale="log")
 
-    _panels(sorted({row["op"] for row in rows}), draw, f"What the host spends to enqueue forward and backward, {device}", path)
+    _panels(sorted({row["op"] for row in rows}), draw, f"What the host spends to enqueue forward and backward, {title}", path)
 
 
 def _ms(row: Row) -> float:

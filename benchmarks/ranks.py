@@ -21,6 +21,11 @@ PATIENCE = 120.0  # seconds a rank waits for the others
 SENT = struct.Struct("=200xQQ")  # tcpi_bytes_sent and, of them, tcpi_bytes_retrans in Linux' struct tcp_info
 
 
+def rank_device(world: int) -> torch.device:
+    """Where each of `world` ranks of this machine computes: on a GPU of its own where there are as many, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.device_count() >= world else "cpu")
+
+
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, threads: int = 1, timeout: float = 600.0) -> list[Any]:
     """`function(rank, world, *arguments)` on each of `world` ranks; what each returned. Raises RuntimeError where one failed."""
     context = torch.multiprocessing.get_context("spawn")
@@ -56,7 +61,7 @@ def _enter(
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": threads}
     os.environ.update({name: str(number) for name, number in numbers.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(threads)
-    own_gpu = torch.cuda.device_count() >= world
+    own_gpu = rank_device(world).type == "cuda"
     if own_gpu:
         torch.cuda.set_device(rank)
     else:

@@ -15,19 +15,22 @@ import torch
 from meme_dist.record import commit, processor
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 
 
-def machine() -> dict[str, Any]:
-    """Device, threads, versions and commit; with a GPU its driver and clocks too."""
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """Device, threads, versions and commit; of a GPU its driver and clocks too. The caller tells what it measured on: this process sees
+    neither that it left a GPU alone, nor how many threads its children had."""
     head, changed, _ = commit().partition("+")
     here = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "threads": torch.get_num_threads(),
+        "kind": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": head[:12] + changed or "unknown",
     }
-    return here | _accelerator() if torch.cuda.is_available() else here
+    return here | _accelerator() if device.type == "cuda" else here
 
 
 def _accelerator() -> dict[str, Any]:
@@ -46,9 +49,9 @@ def _accelerator() -> dict[str, Any]:
     return found | dict(zip(("driver", "sm_clock", "memory_clock"), map(str.strip, told.split(",")), strict=False))
 
 
-def keep(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Append the rows, each with the machine, to results/NAME.jsonl."""
-    path, here = RESULTS / f"{name}.jsonl", machine()
+def keep(name: str, rows: Sequence[Mapping[str, Any]], *, device: torch.device, threads: int) -> Path:
+    """Append the rows, each with the device and the threads that it was measured with, to results/NAME.jsonl."""
+    path, here = RESULTS / f"{name}.jsonl", machine(device, threads)
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps({**row, **here, "date": time.strftime("%Y-%m-%d")}) + "\n" for row in rows)

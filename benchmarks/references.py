@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, machine
+from benchmarks.record import CPU, RESULTS, machine
 from meme_dist.bounds import importance_weighted
 from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal
 from meme_dist.likelihoods import Normal
@@ -116,9 +116,8 @@ def main(*, source: tuple[Path, ...] = (), save: bool = True) -> None:
     _show(rows, version)
     if save:
         path = RESULTS / "references.json"
-        path.write_text(
-            json.dumps({"machine": {**machine(), "multivae": version}, "notes": NOTES, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+        here = machine(CPU, torch.get_num_threads()) | {"multivae": version}
+        path.write_text(json.dumps({"machine": here, "notes": NOTES, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         print(f"\nkept in {path}")
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.record import keep
+from benchmarks.record import CPU, keep
 from meme_dist import run, stored
 from meme_dist.attacks import against_posterior, attack, through_refinement, unsupervised
 from meme_dist.data.sets._pairing import generator
@@ -112,7 +112,7 @@ def main(
         found += [{"radius": radius, "seeds": len(seeds), **setting, **row} for row in [*averaged(mine), *compared(hits, budgets)]]
         show([row for row in found if row["radius"] == radius])
     if save:
-        print(f"\nkept in {keep('refinement', found)}")
+        print(f"\nkept in {keep('refinement', found, device=CPU, threads=threads)}")
 
 
 def trained(images: Images, source: Path | None, objective: Name, latent_dim: int, *, seed: int, rows: int, steps: int) -> Case:

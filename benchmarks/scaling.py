@@ -10,7 +10,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 
 from benchmarks import digits
 from benchmarks.network import Compute, Network, line_through, step
-from benchmarks.ranks import run_ranks, sent_bytes
-from benchmarks.record import interleaved, keep
+from benchmarks.ranks import rank_device, run_ranks, sent_bytes
+from benchmarks.record import CPU, interleaved, keep
 from benchmarks.step import batch_of, counted, networks
 from benchmarks.timing import peak_bytes
 from meme_dist.modalities.vector import mlp
@@ -78,7 +79,13 @@ def main(
         found = part(**keywords) if wanted else []
         show(found)
         if save and found:
-            print(f"kept in {keep('scaling', found)}\n")
+            for device, own in groupby(found, device_of):
+                print(f"kept in {keep('scaling', list(own), device=device, threads=1)}\n")
+
+
+def device_of(row: Mapping[str, Any]) -> torch.device:
+    """Where a row was measured: ranks may each have a GPU, the other parts time a CPU."""
+    return rank_device(row["world"]) if row["part"] == "real" else CPU
 
 
 # ---- ranks of this machine --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from benchmarks.ranks import rank_device
 from benchmarks.record import interleaved, keep
 from meme_dist.modalities.published import mnist_released, svhn_released
 from meme_dist.modality import Modality
@@ -36,10 +37,14 @@ def main(
         save: Append the rows to benchmarks/results/step.jsonl.
     """
     torch.set_num_threads(threads)
-    rows = _forms(batch_size, repeats) if forms else []
-    rows += _broken_down(batch_size, ranks) if ranks else []
-    if save and rows:
-        print(f"\nkept in {keep('step', rows)}")
+    device = rank_device(1)
+    compared = _forms(batch_size, repeats, device) if forms else []
+    trained = _broken_down(batch_size, ranks) if ranks else []
+    if save:
+        path = keep("step", compared, device=device, threads=threads)
+        for row in trained:  # one rank is this process, several have a thread each
+            keep("step", [row], device=rank_device(row["world"]), threads=threads if row["world"] == 1 else 1)
+        print(f"\nkept in {path}")
 
 
 def _broken_down(batch_size: int, ranks: tuple[int, ...]) -> list[dict]:
@@ -50,8 +55,7 @@ def _broken_down(batch_size: int, ranks: tuple[int, ...]) -> list[dict]:
     return rows
 
 
-def _forms(batch_size: int, repeats: int) -> list[dict]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _forms(batch_size: int, repeats: int, device: torch.device) -> list[dict]:
     steps = {"transcription": _transcription(batch_size, device)}
     steps |= {name: _ours(name, batch_size, device) for name in ("released", "rao_blackwell", "resampled")}
     counts = {name: counted(step, modalities) for name, (step, modalities) in steps.items()}

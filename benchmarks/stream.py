@@ -23,7 +23,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.record import keep
+from benchmarks.record import CPU, keep
 from meme_dist.data.fields import SPECIAL, Field
 from meme_dist.data.index import Manifest
 from meme_dist.data.reader import Reader
@@ -70,7 +70,7 @@ def main(
             del passes  # and with them the worker processes
         _show(measured)
         if save:
-            print(f"kept in {keep('stream', measured)}\n", flush=True)
+            print(f"kept in {keep('stream', measured, device=CPU, threads=threads)}\n", flush=True)
 
 
 # ---- sets ------------------------------------------------------------------------------------------------------------------------------

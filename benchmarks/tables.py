@@ -1,8 +1,9 @@
 """The kernel benchmark's rows as text: what a run prints, and results/kernels.md from the newest row of each figure."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,17 @@ COLUMNS = {
 
 
 def newest() -> list[Row]:
-    """The newest row of each figure: device, op, case, mode and provider."""
+    """The newest row of each figure: device and its threads, op, case, mode and provider."""
     path = RESULTS / "kernels.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    found = {(row["device"], row["op"], row["case"], row["mode"], row["provider"]): row for row in rows}
+    names = ("kind", "device", "threads", "op", "case", "mode", "provider")
+    found = {tuple(row[name] for name in names): row for row in rows}
     return list(found.values())
+
+
+def setups(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each device and number of threads, with its title: only these may stand side by side."""
+    return _grouped(rows, lambda row: f"{row['device']} ({row['kind']}, threads {row['threads']})")
 
 
 def show(rows: list[Row]) -> None:
@@ -57,9 +64,9 @@ def write() -> Path:
     parts.append("How figures are taken, and what they do not show: `../README.md`.\n")
     if all(row["kind"] == "cpu" for row in rows):
         parts.append("\n**Not measured on a GPU yet.**\n")
-    for device, own in _grouped(rows, "device"):
-        parts += [f"\n## {device}\n\n{_provenance(own)}\n", *_side_by_side(own)]
-        for op, some in _grouped([row for row in own if row["size"] != "sweep"], "op"):
+    for title, own in setups(rows):
+        parts += [f"\n## {title}\n\n{_provenance(own)}\n", *_side_by_side(own)]
+        for op, some in _grouped([row for row in own if row["size"] != "sweep"], itemgetter("op")):
             parts.append(f"\n### {op}\n\n{_markdown(_cells(some))}")
     path.write_text("".join(parts), encoding="utf-8")
     return path
@@ -74,9 +81,9 @@ def resources(op: str, target: str) -> Row:
     return {"registers": max(row["registers"] for row in rows), "spilled": max(row["spilled"] for row in rows)} if rows else {}
 
 
-def _grouped(rows: Iterable[Row], key: str) -> Iterator[tuple[str, list[Row]]]:
+def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> Iterator[tuple[str, list[Row]]]:
     """In the order of the names; within a group as they were measured."""
-    for name, group in groupby(sorted(rows, key=lambda row: row[key]), key=lambda row: row[key]):
+    for name, group in groupby(sorted(rows, key=key), key=key):
         yield name, list(group)
 
 
@@ -84,7 +91,7 @@ def _provenance(rows: list[Row]) -> str:
     def said(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
 
-    keys = ("driver", "cuda", "torch", "triton", "python", "threads", "commit", "date", "copy_gb_s")
+    keys = ("driver", "cuda", "torch", "triton", "python", "commit", "date", "copy_gb_s")
     return "; ".join(f"{key.replace('copy_gb_s', 'copy GB/s')} {said(key)}" for key in keys if said(key))
 
 

@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, record, sweeps, tables
+from benchmarks import contrastive, kernels, ranks, record, scaling, sweeps, tables
 from benchmarks.gate import Gate
 from benchmarks.providers import MODES, copied, ops, prepare
 from benchmarks.timing import peak_bytes, rounds, times
 from launch import gpu
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.keywords import defaults, flatten
+from meme_dist.record import Record, check_unchanged, create, load
+from meme_dist.supervise import progress
+from meme_dist.train.training import Training
 from meme_kernels._op import FusedOp
 
 CPU = torch.device("cpu")
@@ -169,6 +174,65 @@ def test_an_op_accepts_the_cases_of_its_sweep_and_they_lie_on_an_axis(name):
             assert prepare(OPS[name].call, case, "both")()
 
 
+# ---- what a row says of itself ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_it_was_measured_on_whatever_else_the_machine_has(monkeypatch, tmp_path):
+    """A GPU machine whose processor was measured, in children of one thread each; and then its GPU."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(record, "_accelerator", lambda: {"driver": "1"})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    record.keep("some", [{"ms": 1.0}], device=CPU, threads=1)
+    record.keep("some", [{"ms": 1.0}], device=torch.device("cuda"), threads=4)
+    cpu, gpu_row = map(json.loads, (tmp_path / "some.jsonl").read_text().splitlines())
+    assert (cpu["kind"], cpu["device"], cpu["threads"]) == ("cpu", record.processor(), 1) and "driver" not in cpu
+    assert (gpu_row["kind"], gpu_row["device"], gpu_row["threads"], gpu_row["driver"]) == ("cuda", "a GPU", 4, "1")
+
+
+def test_ranks_that_share_a_gpu_are_measured_on_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [ranks.rank_device(world).type for world in (1, 2)] == ["cuda", "cpu"]
+    parts = [("real", 1), ("real", 2), ("modalities", 1), ("simulated", 1)]
+    assert [scaling.device_of({"part": part, "world": world}).type for part, world in parts] == ["cuda", "cpu", "cpu", "cpu"]
+
+
+# ---- trainings that are judged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("there", "resume"), [(None, False), (-1, True), (500, True), (1000, None)])
+def test_a_model_has_made_all_of_its_steps_before_it_is_judged(monkeypatch, tmp_path, there, resume):
+    """No run, one without a checkpoint, one that was ended after its first: begun or gone on with; one that is done: left as it is."""
+    place, given, asked = tmp_path / "run", {"images": "digits", "training": Training(steps=1000)}, []
+
+    def reach(step: int) -> None:
+        (place / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+        (place / "checkpoints" / "last" / "state.json").write_text(json.dumps({"step": step}))
+
+    def train(name, keywords, where, *, console):
+        if where.resume is not None:  # as the real one does
+            check_unchanged(place, load(place), name, flatten(keywords), defaults(RECIPES[name]))
+        asked.append((where.run, where.resume))
+        reach(keywords["training"].steps)
+        return True
+
+    if there is not None:
+        create(place, Record("planted", flatten(given), "shards"))
+        if there >= 0:
+            reach(there)
+    monkeypatch.setattr(contrastive.run, "train", train)
+    contrastive.trained(place, given, data=tmp_path)
+    assert asked == ([] if resume is None else [(str(place), str(place) if resume else None)])
+    assert progress(place) == 1000
+
+
+def test_a_model_whose_training_was_told_to_stop_is_not_judged(monkeypatch, tmp_path):
+    monkeypatch.setattr(contrastive.run, "train", lambda *words, console: False)
+    with pytest.raises(RuntimeError, match="stopped at step -1 of 1000; start the benchmark again"):
+        contrastive.trained(tmp_path / "run", {"training": Training(steps=1000)}, data=tmp_path)
+
+
 # ---- tables -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +250,15 @@ def test_the_table_shows_the_newest_row_of_each_figure_and_naive_over_reference(
     assert "| o | N=2 | 20 | 4 | 5 | 8 | 1 | 8 |" in text and "| B=3 | both | naive | 1 (1 .. 1) | 44 |" in text
     assert "77" not in text and "55" not in text
     assert "Not measured on a GPU yet." in text
+
+
+@pytest.mark.parametrize("other", [{"kind": "cuda"}, {"device": "e"}, {"threads": 2}])
+def test_a_row_replaces_none_of_another_device_or_number_of_threads_and_stands_in_no_table_with_it(monkeypatch, tmp_path, other):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [_row(), _row(**other)]
+    (tmp_path / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows]))
+    assert tables.newest() == rows
+    assert [own for _, own in tables.setups(rows)] in ([rows[:1], rows[1:]], [rows[1:], rows[:1]])
 
 
 def test_registers_are_the_most_of_any_float32_kernel_of_the_op_on_that_target(monkeypatch, tmp_path):

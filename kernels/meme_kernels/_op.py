@@ -31,7 +31,7 @@ def backend(name: Backend) -> Iterator[None]:
     if name not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {name!r}")
     if name == "triton" and ABSENT:
-        raise RuntimeError(f"backend('triton'): Triton cannot be imported ({ABSENT}); pip install 'meme-dist[triton]'")
+        raise RuntimeError(f"backend('triton'): Triton cannot be imported ({ABSENT}); pip install -e '.[triton]' in the project's folder")
     before, _backend = _backend, name
     try:
         yield

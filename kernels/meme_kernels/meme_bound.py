@@ -73,19 +73,22 @@ def meme_bound(
     density [N, N, K, B]: Q; observed bool [N, B]. `prior` [N, K, B]: log of a product of experts instead of the mixture;
     `alone` [N, K, B]: log of the prior of rows that hold one modality; `closed` [N, B]: -KL(q_i || p(z | x_T)); `drawn`: with `resampled`.
 
-    Raises ValueError for shapes that do not fit, `resampled` without `drawn`, or with stop_gradient=False.
+    Raises ValueError for shapes and types that do not fit, `resampled` without `drawn`, or with stop_gradient=False.
     """
-    _check(own, cross, density, observed, estimator, drawn, stop_gradient)
-    if not uses_triton(own, cross, density, observed, prior, alone, closed):
+    tables = Tables(own, cross, density, prior, alone, closed, observed, *(drawn if drawn is not None else (None, None, None)))
+    _check(tables, estimator, stop_gradient)
+    if not uses_triton(*tables):
         settings = {"estimator": estimator, "cross_weight": cross_weight, "drawn": drawn, "stop_gradient": stop_gradient}
         return reference(own, cross, density, observed, prior=prior, alone=alone, closed=closed, **settings)
-    index, gap, ess = drawn if drawn is not None else (None, None, None)
-    code = ESTIMATORS.index(estimator)
-    return Bound(*_Bound.apply(own, cross, density, prior, alone, closed, observed, index, gap, ess, code, cross_weight, stop_gradient))
+    return Bound(*_Bound.apply(*tables, ESTIMATORS.index(estimator), cross_weight, stop_gradient))
 
 
 def resample(cross: Tensor, observed: Tensor, uniform: Tensor) -> Drawn:
-    """One k ~ softmax_k t[k] for every source and row; cross [N, N, K, B], observed [N, B], uniform [N, B] in (0, 1). No gradient."""
+    """One k ~ softmax_k t[k] for every source and row; cross [N, N, K, B], observed bool [N, B], uniform [N, B] in (0, 1). No gradient.
+
+    Raises ValueError for shapes and types that do not fit.
+    """
+    _check_resample(cross, observed, uniform)
     with torch.no_grad():
         if uses_triton(cross, observed, uniform):
             return Drawn(*draw(cross, observed, uniform))
@@ -164,23 +167,39 @@ def _log_mean_exp(t: Tensor) -> Tensor:
     return torch.logsumexp(t, 1) - math.log(t.shape[1])
 
 
-def _check(own: Tensor, cross: Tensor, density: Tensor, observed: Tensor, estimator: str, drawn: Drawn | None, stop_gradient: bool) -> None:
+def _check(tables: Tables, estimator: str, stop_gradient: bool) -> None:
+    drawn, shape = tables.index is not None, tuple(tables.density.shape)
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
-    if (estimator == "resampled") != (drawn is not None):
+    if (estimator == "resampled") != drawn:
         raise ValueError("estimator 'resampled' goes with `drawn` (see resample), the others without")
-    if drawn is not None and not stop_gradient:
+    if drawn and not stop_gradient:
         raise ValueError("stop_gradient=False: a resampled index has no gradient; use released or rao_blackwell")
-    modalities, _, samples, rows = density.shape
-    decoded = 1 if drawn is not None else samples
-    expected = [
-        (modalities, samples if estimator == "rao_blackwell" else 1, rows),
-        (modalities, modalities, decoded, rows),
-        (modalities, rows),
-    ]
-    came = [tuple(x.shape) for x in (own, cross, observed)]
-    if came != expected or density.shape[1] != modalities or samples < 1:
-        raise ValueError(f"meme_bound: for density {tuple(density.shape)} expected own, cross, observed {expected}, got {came}")
+    if len(shape) != 4 or shape[0] != shape[1] or shape[2] < 1:
+        raise ValueError(f"meme_bound: expected density [N, N, K, B] with K > 0, got {shape}")
+    n, _, samples, rows = shape
+    tall = {
+        "own": (n, samples if estimator == "rao_blackwell" else 1, rows),
+        "cross": (n, n, 1 if drawn else samples, rows),
+        "density": shape,
+        "prior": (n, samples, rows),
+        "alone": (n, samples, rows),
+    }
+    for name, x in zip(Tables._fields, tables, strict=True):
+        expected = tall.get(name, (n, rows))
+        if x is not None and tuple(x.shape) != expected:
+            raise ValueError(f"meme_bound: {name}: for density {shape} expected {expected}, got {tuple(x.shape)}")
+    for name, x, dtype in (("observed", tables.observed, torch.bool), ("index", tables.index, torch.int64)):
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"meme_bound: {name}: expected {dtype}, got {x.dtype}")
+
+
+def _check_resample(cross: Tensor, observed: Tensor, uniform: Tensor) -> None:
+    shape, entry = tuple(cross.shape), (*cross.shape[:1], *cross.shape[3:])
+    good = len(shape) == 4 and shape[0] == shape[1] and shape[2] > 0
+    if not good or tuple(observed.shape) != entry or tuple(uniform.shape) != entry or observed.dtype != torch.bool:
+        got = f"{shape}, {observed.dtype} {tuple(observed.shape)} and {tuple(uniform.shape)}"
+        raise ValueError(f"resample: expected cross [N, N, K, B] with K > 0, bool observed [N, B] and uniform [N, B], got {got}")
 
 
 class _Bound(torch.autograd.Function):

@@ -28,12 +28,13 @@ FAMILIES = ("normal", "laplace")
 def pair_divergence(mean: Tensor, scale: Tensor, observed: Tensor, *, family: str) -> Tensor:
     """mean, scale [N, B, D], observed bool [N, B] -> [N, B], float32 (float64 for float64). Absent entries reach nothing, NaN included.
 
-    Raises ValueError for shapes that do not fit and for another family than normal or laplace.
+    Raises ValueError for shapes that do not fit, a mask that is not bool, and another family than normal or laplace.
     """
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    if mean.shape != scale.shape or mean.dim() != 3 or observed.shape != mean.shape[:2]:
-        raise ValueError(f"pair_divergence: expected [N, B, D] twice and [N, B], got {[tuple(x.shape) for x in (mean, scale, observed)]}")
+    if mean.shape != scale.shape or mean.dim() != 3 or observed.shape != mean.shape[:2] or observed.dtype != torch.bool:
+        got = f"{tuple(mean.shape)}, {tuple(scale.shape)} and {observed.dtype} {tuple(observed.shape)}"
+        raise ValueError(f"pair_divergence: expected mean and scale [N, B, D] and bool observed [N, B], got {got}")
     if not uses_triton(mean, scale, observed):
         return reference(mean, scale, observed, family=family)
     return _PairDivergence.apply(mean, scale, observed, FAMILIES.index(family))

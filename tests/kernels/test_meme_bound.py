@@ -1,6 +1,7 @@
 """Laws of the bound's op: row by row it is the formula, absent entries reach nothing, and no range of log-likelihoods breaks it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -137,9 +138,47 @@ def test_a_row_that_holds_one_modality_takes_the_pseudo_input_prior(device):
 
 def test_wrong_shapes_and_combinations_are_refused(device):
     own, cross, density, observed, settings = tables(3, 4, 10, device, estimator="released")
-    with pytest.raises(ValueError, match="expected own, cross, observed"):
+    with pytest.raises(ValueError, match=r"cross: for density \(3, 3, 4, 10\) expected \(3, 3, 4, 10\), got \(3, 3, 2, 10\)"):
         meme_bound(own, cross[:, :, :2], density, observed, **settings)
+    with pytest.raises(ValueError, match=r"expected density \[N, N, K, B\]"):
+        meme_bound(own, cross, density[0], observed, **settings)
     with pytest.raises(ValueError, match="goes with `drawn`"):
         meme_bound(own, cross, density, observed, estimator="resampled", cross_weight=1.0)
     with pytest.raises(ValueError, match="expected one of"):
         meme_bound(own, cross, density, observed, estimator="best", cross_weight=1.0)
+
+
+@pytest.mark.parametrize("name", ["prior", "alone", "closed"])
+def test_a_table_of_fewer_sources_is_refused_before_a_kernel_reads_beyond_its_end(name, device):
+    own, cross, density, observed, settings = tables(3, 4, 10, device, estimator="released")
+    given: dict[str, Any] = settings | {name: own.new_zeros((1, 10) if name == "closed" else (1, 4, 10))}
+    with pytest.raises(ValueError, match=rf"{name}: .* expected \(3, .*10\), got \(1, .*10\)"):
+        meme_bound(own, cross, density, observed, **given)
+
+
+@pytest.mark.parametrize("name", Drawn._fields)
+def test_what_was_drawn_for_fewer_rows_is_refused(name, device):
+    own, cross, density, observed, settings = tables(3, 4, 10, device, estimator="resampled")
+    settings["drawn"] = settings["drawn"]._replace(**{name: getattr(settings["drawn"], name)[:, :9]})
+    with pytest.raises(ValueError, match=rf"{name}: .* expected \(3, 10\), got \(3, 9\)"):
+        meme_bound(own, cross, density, observed, **settings)
+
+
+def test_masks_and_indices_of_another_type_are_refused(device):
+    own, cross, density, observed, settings = tables(3, 4, 10, device, estimator="resampled")
+    with pytest.raises(ValueError, match="observed: expected torch.bool, got torch.uint8"):
+        meme_bound(own, cross, density, observed.byte(), **settings)
+    settings["drawn"] = settings["drawn"]._replace(index=settings["drawn"].index.double())
+    with pytest.raises(ValueError, match="index: expected torch.int64, got torch.float64"):
+        meme_bound(own, cross, density, observed, **settings)
+
+
+def test_one_number_is_drawn_for_every_source_and_row_or_none(device):
+    _, cross, _, observed, _ = tables(3, 4, 10, device, estimator="released")
+    uniform = torch.rand(3, 10, dtype=torch.float64, device=device)
+    assert resample(cross, observed, uniform).index.shape == (3, 10)
+    wrong = [(x, observed, uniform) for x in (cross[:, :2], cross[0], cross[:, :, :0])]
+    wrong += [(cross, x, uniform) for x in (observed[:1], observed.long())] + [(cross, observed, x) for x in (uniform[:1], uniform[0])]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="resample: expected cross"):
+            resample(*arguments)

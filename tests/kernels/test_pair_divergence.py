@@ -61,3 +61,12 @@ def test_tiny_scales_neither_underflow_nor_overflow_in_float32(device):
     came = pair_divergence(torch.zeros(2, 1, 1, device=device), scale, observed, family="normal")
     assert float(came[0, 0]) == pytest.approx((math.exp(-10) - 1) / 2 + 5, rel=1e-6)
     assert float(came[1, 0]) == pytest.approx((math.exp(10) - 1) / 2 - 5, rel=1e-5)
+
+
+def test_only_a_bool_mask_of_every_posterior_is_taken(device):
+    """Numbers would be a mask to the kernel, and an error of PyTorch's to the reference."""
+    mean, scale = posteriors(2, 6, 3, device)
+    observed = torch.ones(2, 6, dtype=torch.bool, device=device)
+    for wrong in (observed.int(), observed.byte(), observed[:1]):
+        with pytest.raises(ValueError, match="expected mean and scale .* and bool observed"):
+            pair_divergence(mean, scale, wrong, family="normal")
