@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 import struct
+import tokenize
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -78,8 +79,8 @@ class Field:
         """
         if self.kind == "text":
             return self._sentence(x).encode()
-        if not isinstance(x, Tensor):
-            raise ValueError(f"expected a tensor of shape {self.shape}, got {type(x).__name__}")
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"expected a dense tensor of shape {self.shape}, got {_sort(x)}")
         if self.kind == "counts":
             x = _whole_numbers(x)
         dtype, descr = _STORED[self.kind]
@@ -134,11 +135,14 @@ class Field:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {word: number for number, word in enumerate(self.vocabulary)}
+        """Of words; one that is spelt like the padding or the end of a sentence is neither."""
+        return {word: number for number, word in enumerate(self.vocabulary) if number not in (PAD, END)}
 
     def _sentence(self, x: Tensor | str) -> str:
         if isinstance(x, str):
             return " ".join(x.split())
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"expected a sentence (str) or int64 token ids {self.shape}, got {_sort(x)}")
         if tuple(x.shape) != self.shape or x.dtype != torch.int64:
             raise ValueError(f"expected a sentence or int64 token ids {self.shape}, got {_name(x.dtype)} {tuple(x.shape)}")
         ids = x.tolist()
@@ -245,6 +249,9 @@ def _words(data: Buffer) -> list[str]:
 
 
 def _whole_numbers(x: Tensor) -> Tensor:
+    if x.is_complex():
+        raise ValueError(f"expected whole numbers, got {_name(x.dtype)}")
+    x = x if x.is_floating_point() else x.to(torch.int64)  # torch does not compare all unsigned types
     if not torch.isfinite(x).all() or (x != x.round() if x.is_floating_point() else x != x).any():
         raise ValueError(f"expected whole numbers, got {_name(x.dtype)} with fractions, NaN or infinity")
     if x.numel() and (x.min() < 0 or x.max() > LARGEST_COUNT):
@@ -259,7 +266,10 @@ def _from_npy(descr: str, data: Buffer, shape: tuple[int, ...]) -> bytes:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"expected npy of version 1 or 2, got {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    found, fortran, dtype = read(stream)
+    try:
+        found, fortran, dtype = read(stream)
+    except (SyntaxError, tokenize.TokenError) as error:  # numpy's second look, as Python of old times
+        raise ValueError(f"expected the header of an npy file, got something else ({error})") from error
     if found != shape or dtype != np.dtype(descr):
         raise ValueError(f"expected {np.dtype(descr)} {shape}, got {dtype} {found}")
     body = stream.read()
@@ -308,6 +318,11 @@ def _png_head(shape: tuple[int, ...]) -> bytes:
     channels, height, width = shape
     chunk = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def _sort(x: object) -> str:
+    """What came in the place of a dense tensor, for messages."""
+    return str(x.layout) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -170,7 +170,7 @@ class Manifest:
         parts = [cls._load(part, Cache.of(cache)) for part in folders(folder, MANIFEST)]
         if len(parts) == 1:
             return parts[0]
-        return _union(folder if "://" in str(parts[0].folder) else Path(folder), parts)
+        return _union(folder if any("://" in str(part.folder) for part in parts) else Path(folder), parts)
 
     @classmethod
     def _load(cls, folder: str, cache: Cache) -> "Manifest":
@@ -187,7 +187,7 @@ class Manifest:
         try:
             content = json.loads(text)
             sealed = content.pop("checksum")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a manifest in JSON, got something else ({error!r}); {REPAIR}") from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT}, got {content.get('format')!r}; {REPAIR} with this version")

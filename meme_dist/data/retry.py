@@ -30,17 +30,19 @@ def retried(what: str, call: Callable[[], T], *, tries: int = TRIES) -> T:
     """The result of `call`, tried again after OSErrors, timeouts and errors of a driver's own.
 
     The waits are .5, 1, 2, 4 and 8 s, each shortened by up to a half: by how much follows from `what` and the try alone, so that sources
-    spread out and a run stays repeatable. Errors that last (missing, forbidden, no room) are raised at once and as they are.
-    Raises OSError, naming `what`, the tries and the last cause, where every try failed.
+    spread out and a run stays repeatable. Errors that last (missing, forbidden, no room) are raised at once: OSError, ValueError and
+    ImportError as they are, a driver's own as OSError. Raises OSError, naming `what`, the tries and the last cause, where every try failed.
     """
     for number in range(1, tries + 1):
         try:
             return call()
         except Exception as error:
+            kind = type(error).__name__
             if lasting(error):
-                raise
+                if isinstance(error, OSError | ValueError | ImportError):
+                    raise
+                raise OSError(f"{what}: {kind}: {error}; see that it is there and may be read, then resume") from error
             if number == tries:
-                kind = type(error).__name__
                 raise OSError(
                     f"{what}: tried {tries} times, the last time: {kind}: {error}; see that it can be reached, then resume"
                 ) from error

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import mmap
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ def write_shards(dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 
     Raises ValueError for a folder that holds anything else, and for rows that do not fit the fields, naming split, row and modality;
     OSError where the disk is full.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link cannot be renamed to
     splits = dataset.splits if splits is None else splits
     wanted = _description(dataset, rows_per_shard, splits)
     if (manifest := _already(folder, wanted)) is not None:
@@ -84,7 +85,7 @@ def write_shards_together(
     for as a range of its own. After each the processes hear of one another, so that where one fails all have stopped before anything
     is cleared away; index and manifest are written by rank 0 at the end. `folder` must be on storage that all of them share.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     manifest = None
     with processes.agreed():
         wanted = _description(dataset, rows_per_shard, list(rows))
@@ -138,7 +139,11 @@ def _already(folder: Path, wanted: Mapping[str, Any]) -> Manifest | None:
     """The manifest of a folder that holds the same set; None where there is nothing. Raises ValueError for anything else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file; choose another name")
-    return _existing(folder, wanted) if folder.exists() and any(folder.iterdir()) else None
+    if folder.exists() and any(folder.iterdir()):
+        return _existing(folder, wanted)
+    if folder.exists() and (folder.samefile(".") or folder.is_mount()):  # what is written takes the place of an empty folder
+        raise ValueError(f"{folder}: expected a folder that can be replaced, got the working folder or a mount; name a new one in it")
+    return None
 
 
 @contextmanager
@@ -281,8 +286,8 @@ def _encode_row(dataset: Dataset, place: str, row: Row) -> dict[str, bytes]:
         raise ValueError(f"{place}: unknown modalities {sorted(unknown)}; the fields are {list(dataset.fields)}")
     if not row.data:
         raise ValueError(f"{place}: expected one modality or more, got nothing; leave the row out")
-    if row.label is not None and not 0 <= row.label < len(dataset.classes):
-        raise ValueError(f"{place}: expected a label from 0 to {len(dataset.classes) - 1} (one of `classes`) or None, got {row.label}")
+    if row.label is not None and not _is_index(row.label, len(dataset.classes)):
+        raise ValueError(f"{place}: expected a label from 0 to {len(dataset.classes) - 1} (one of `classes`) or None, got {row.label!r}")
     members = {}
     for name, x in row.data.items():
         try:
@@ -290,6 +295,14 @@ def _encode_row(dataset: Dataset, place: str, row: Row) -> dict[str, bytes]:
         except ValueError as error:
             raise ValueError(f"{place}, modality {name}: {error}") from error
     return members
+
+
+def _is_index(label: Any, classes: int) -> bool:
+    """Is it a whole number, of whatever library, that names a class?"""
+    try:
+        return 0 <= operator.index(label) < classes
+    except TypeError:
+        return False
 
 
 def _record(dataset: Dataset, key: str, label: int | None, members: Mapping[str, bytes], start: int) -> tuple:

@@ -37,16 +37,15 @@ def folders(address: Path | str, marker: str) -> list[str]:
     if "{" not in text or (Path(text) / marker).is_file():
         found = [text]
     else:
-        try:
-            found = list(itertools.islice(braceexpand(text), MOST_FOLDERS + 1))
-        except ValueError as error:  # braces that do not match
-            raise ValueError(f"{text}: expected a brace pattern such as mine-{{000..003}}, got {error}") from error
+        found = _expanded(text)
     if len(found) > MOST_FOLDERS:
         raise ValueError(f"{text}: expected at most {MOST_FOLDERS} folders, got more; split the pattern or write larger shards")
-    if twice := sorted({folder for folder in found if found.count(folder) > 1}) if len(set(found)) < len(found) else []:
-        raise ValueError(f"{text}: expected each folder once, got {twice[0]} twice: its rows would count double")
     for folder in found:
         _check_address(folder, marker)
+    places = [folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in found]
+    if len(set(places)) < len(places):
+        twice = next(folder for folder, place in zip(found, places, strict=True) if places.count(place) > 1)
+        raise ValueError(f"{text}: expected each folder once, got {twice} twice: its rows would count double")
     return found
 
 
@@ -58,7 +57,26 @@ def source_of(folder: str, cache: Cache) -> "Local | Remote":
 def absolute(address: Path | str) -> str:
     """The same address from any working folder: what a run writes down."""
     text = _text(address)
-    return text if "://" in text else os.path.abspath(text)
+    whole = _absolute(text)
+    if "{" not in text or Path(text).is_dir():
+        return whole
+    found = [_absolute(folder) for folder in _expanded(text)]
+    with contextlib.suppress(ValueError):  # `..` may have taken a brace away
+        if _expanded(whole) == found:
+            return whole
+    return found[0] if len(found) == 1 else "{" + ",".join(re.sub(r"[{},\\]", r"\\\g<0>", folder) for folder in found) + "}"
+
+
+def _absolute(folder: str) -> str:
+    return folder if "://" in folder else os.path.abspath(folder)
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The folders of a brace pattern, one more than there may be at most."""
+    try:
+        return list(itertools.islice(braceexpand(pattern), MOST_FOLDERS + 1))
+    except ValueError as error:  # braces that do not match
+        raise ValueError(f"{pattern}: expected a brace pattern such as mine-{{000..003}}, got {error}") from error
 
 
 def _text(address: Path | str) -> str:
@@ -96,7 +114,8 @@ class Local:
 
     def size(self, shard: Shard) -> int:
         """Bytes of a shard. Raises FileNotFoundError where it is missing."""
-        return os.stat(self._prefix + shard.file).st_size
+        path = self._prefix + shard.file
+        return retried(path, lambda: os.stat(path).st_size)
 
     def read(self, shard: Shard, begin: int, end: int, *, keep: bool) -> bytes:
         """Bytes begin..end of a shard, fewer where it ends before. Raises FileNotFoundError where it is missing."""
@@ -156,7 +175,7 @@ class Remote:
             with contextlib.suppress(FileNotFoundError):  # another process needed the room just now
                 return read_range(path, begin, end)
         end = min(end, self.size(shard))
-        return self._retried(shard.file, lambda path: self._system.cat_file(path, begin, end)) if begin < end else b""
+        return self._range(shard, begin, end) if begin < end else b""
 
     def forget(self, shard: Shard) -> bool:
         """Remove a copy that may be worse than the original; was there one?"""
@@ -172,6 +191,18 @@ class Remote:
             except FileNotFoundError:
                 target = None
             yield target
+
+    def _range(self, shard: Shard, begin: int, end: int) -> bytes:
+        """Bytes begin..end alone, or cut out of the whole shard: what a web server sends that knows no ranges."""
+        data = self._retried(shard.file, lambda path: self._system.cat_file(path, begin, end))
+        if len(data) <= end - begin:
+            return data
+        if len(data) != self.size(shard):
+            raise OSError(
+                f"{self.address}/{shard.file}: expected {end - begin} bytes from byte {begin} on, got {len(data)}; "
+                "let the server answer requests for ranges, or copy the shards to this machine"
+            )
+        return data[begin:end]
 
     def _copy_of(self, shard: Shard) -> Path | None:
         """The verified copy of a shard, fetched where there is none; None where what is fetched is something else."""

@@ -29,8 +29,9 @@ class Stream:
     stream), rank r takes the r-th contiguous share, and the micro batches are contiguous parts of that. `step` is the whole state: it is
     the number of steps handed out; set it before iterating and the stream goes on from there, on any number of ranks.
 
-    `batch_size` counts the rows of an optimiser step over all ranks. `streams` is fixed for a run and must divide it and be a multiple
-    of `world`; the default is the largest divisor of `batch_size` up to 64. More workers than a rank has streams are not started.
+    `batch_size` counts the rows of an optimiser step over all ranks. `streams` is fixed for a run and must divide it; the default is the
+    largest divisor of `batch_size` up to 64. Where ranks do not divide the streams, neighbours share one: each goes through its order and
+    reads its own rows alone. More workers than a rank has streams are not started.
     `folder` is a path, an address or a brace pattern (see `Manifest.load`), and `cache` the folder for copies of remote shards.
 
     `damaged` is how many different rows of this rank may be unreadable before it stops, at most half of the split. Such a row is named in
@@ -62,7 +63,7 @@ class Stream:
         self.manifest, self.split = Manifest.load(folder, cache=cache), split
         self.batch_size, self.streams, self.seed, self.step = batch_size, streams, seed, _at_least_zero("step", step)
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.workers = min(_at_least_zero("workers", workers), streams // world)
+        self.workers = min(_at_least_zero("workers", workers), len(_streams_of(self._mine, batch_size // streams)))
         self.single = self.manifest.single(split)
         rows = self.manifest.num_rows(split)
         self.budget, self._damaged = _at_most("damaged", damaged, rows // 2), dict[tuple[str, str | None], Problem]()
@@ -124,8 +125,8 @@ class Stream:
 
     @property
     def _mine(self) -> range:
-        """The virtual streams of this rank."""
-        share = self.streams // self.world
+        """This rank's rows of a step, numbered by (stream, place in the stream)."""
+        share = self.batch_size // self.world
         return range(self.rank * share, (self.rank + 1) * share)
 
     def _micro_batches(self, share: Part, step: int) -> list[Batch]:
@@ -186,11 +187,11 @@ class Evaluation:
 
 
 class _Shares:
-    """The work of a stream: for each step the rows of a worker's share of the rank's virtual streams."""
+    """The work of a stream: for each step the rows of a worker's share of the rank's virtual streams, of which each gives `each` rows."""
 
-    def __init__(self, reader: Reader, order: Order, streams: range, rows: int, step: int, lenient: bool):
-        self.reader, self.order, self.streams, self.step, self.lenient = reader, order, streams, step, lenient
-        self.each, self.fields = rows, reader.manifest.fields
+    def __init__(self, reader: Reader, order: Order, mine: range, each: int, step: int, lenient: bool):
+        self.reader, self.order, self.mine, self.step, self.lenient = reader, order, mine, step, lenient
+        self.each, self.streams, self.fields = each, _streams_of(mine, each), reader.manifest.fields
 
     def most(self, workers: int) -> int:
         return self.each * -(-len(self.streams) // workers)
@@ -207,14 +208,17 @@ class _Shares:
             yield decode_intact(self.reader, rows, raw, self.order.seed, room) if self.lenient else decode(self.reader, rows, raw, room)
 
     def _raw(self, stream: int) -> Iterator[tuple[list[int], list]]:
-        """What a stream gives to each step: numbers of rows, and their bytes."""
+        """What a stream gives to this rank's part of each step: numbers of rows, and their bytes."""
         read = self.reader.attempt if self.lenient else self.reader.read
-        rows, raw = [], []
+        begin, end = max(self.mine.start, stream * self.each), min(self.mine.stop, (stream + 1) * self.each)
+        size, place, rows, raw = end - begin, 0, [], []
         for window in self.order.windows(stream, self.step * self.each):
+            within = stream * self.each + np.arange(place, place + len(window)) % self.each
+            place, window = place + len(window), window[(begin <= within) & (within < end)]
             rows, raw = rows + window.tolist(), raw + read(window)
-            whole = len(rows) // self.each * self.each
-            for low in range(0, whole, self.each):
-                yield rows[low : low + self.each], raw[low : low + self.each]
+            whole = len(rows) // size * size
+            for low in range(0, whole, size):
+                yield rows[low : low + size], raw[low : low + size]
             rows, raw = rows[whole:], raw[whole:]
 
 
@@ -233,6 +237,11 @@ class _Ranges:
             start = min(self.high, self.low + number * self.rows)
             rows = np.arange(start, min(self.high, start + self.rows))
             yield fill(decode(self.reader, rows.tolist(), self.reader.read(rows), room), self.rows)
+
+
+def _streams_of(rows: range, each: int) -> range:
+    """The streams that these rows of a step come from."""
+    return range(rows.start // each, -(-rows.stop // each))
 
 
 def _check_rank(rank: int, world: int) -> None:
@@ -261,8 +270,6 @@ def _at_most(name: str, number: int, most: int) -> int:
 def _check_division(batch_size: int, streams: int, world: int, accumulate: int) -> None:
     if batch_size % (world * accumulate):
         raise ValueError(f"batch_size: expected a multiple of world x accumulate = {world} x {accumulate}, got {batch_size}")
-    if streams < 1 or batch_size % streams or streams % world:
-        fitting = [number for number in range(world, batch_size + 1, world) if batch_size % number == 0]
-        raise ValueError(
-            f"streams: expected a divisor of batch_size {batch_size} that is a multiple of world {world} (one of {fitting}), got {streams}"
-        )
+    if streams < 1 or batch_size % streams:
+        fitting = [number for number in range(1, batch_size + 1) if batch_size % number == 0]
+        raise ValueError(f"streams: expected a divisor of batch_size {batch_size} (one of {fitting}), got {streams}")

@@ -26,12 +26,10 @@ def decode_intact(
     """
     problems = {place: members for place, members in enumerate(found) if isinstance(members, Problem)}
     try:
-        rows, raw = _replaced(reader, rows, found, problems, seed)
-        part = decode(reader, rows, raw, out)
+        part = decode(reader, *_replaced(reader, rows, found, problems, seed), out)
     except ValueError:  # a datum that its field refuses, or no substitute: then the second time says so
         problems |= {place: problem for place, row in enumerate(rows) if (problem := _refused(reader, row, found[place]))}
-        rows, raw = _replaced(reader, rows, found, problems, seed)
-        part = decode(reader, rows, raw, out)
+        part = decode(reader, *_replaced(reader, rows, found, problems, seed), out)
     return part._replace(damaged=tuple(problems[place] for place in sorted(problems)))
 
 

@@ -36,7 +36,8 @@ def with_validation(dataset: Dataset, share: float, *, seed: int, apart: str | N
             return dataset.rows(split)
         return (row for row, out in zip(dataset.rows("train"), held(), strict=True) if out == (split == VALIDATION))
 
-    return replace(dataset, rows=rows, source={**dataset.source, VALIDATION: share}, splits=("train", VALIDATION, "test"))
+    source = {**dataset.source, VALIDATION: share, f"{VALIDATION}_seed": seed, f"{VALIDATION}_apart": apart}
+    return replace(dataset, rows=rows, source=source, splits=("train", VALIDATION, "test"))
 
 
 def held_rows(group: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ Workers of a `DataLoader` hand over every tensor in shared memory of its own: a 
 fault in, a batch and a modality. Here the memory is there from the start and used again and again.
 """
 
+import atexit
 import contextlib
 import itertools
 import math
@@ -82,6 +83,7 @@ class _Hand:
         self._process = context.Process(target=_serve, args=(work, number, workers, self._slots, theirs), daemon=True)
         self._process.start()
         theirs.close()
+        atexit.register(self._process.kill)  # else an uncaught error waits for ever: multiprocessing asks by SIGTERM, then joins
 
     def take(self) -> Part | None:
         """The worker's next part, in the shared memory; None where there are no more. The one before is given up."""
@@ -105,6 +107,7 @@ class _Hand:
 
     def end(self) -> None:
         """Closing the pipe is the signal; a worker in the midst of a part is not waited for."""
+        atexit.unregister(self._process.kill)
         self._mine.close()
         self._process.kill()
         self._process.join()

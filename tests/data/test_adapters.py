@@ -1,5 +1,7 @@
 """Rows of other libraries arrive as they were: masks and names say what is missing, never a zero."""
 
+import errno
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -195,6 +197,28 @@ def test_rows_without_any_modality_labels_that_are_vectors_and_rows_of_another_s
         from_incomplete_dataset(ragged)
     with pytest.raises(ValueError, match="modality b: expected a tensor or an array, got dict"):
         from_incomplete_dataset(Incomplete(data | {"b": [{}, {}, {}]}))  # type: ignore[dict-item]
+
+
+def test_what_multivae_would_carry_and_shards_cannot_is_refused_by_name() -> None:
+    data = {"a": torch.randn(6, 2), "b": torch.randn(6, 2)}
+    masks = {"a": torch.ones(6, dtype=torch.bool), "b": torch.zeros(6, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="modality b: expected rows that have it, its mask is False in all"):
+        from_incomplete_dataset(Incomplete(data, masks))
+    none = Incomplete({name: x[:0] for name, x in data.items()})
+    for parts, split in (((none, None), "train"), ((Incomplete(data), none), "test")):
+        with pytest.raises(ValueError, match=f"{split}: expected rows, got an empty data set"):
+            from_incomplete_dataset(parts[0], test=parts[1])
+    for x in (data["b"].bfloat16(), data["b"].to_sparse(), data["b"].to(torch.complex64)):
+        with pytest.raises(ValueError, match="train row 0, modality b: expected a dense tensor of a type that numpy has, got"):
+            from_incomplete_dataset(Incomplete(data | {"b": x}))
+    with pytest.raises(ValueError, match="labels: expected one whole number"):
+        from_incomplete_dataset(Incomplete(data, labels=torch.full((6,), NAN)))
+
+
+def test_one_hot_vectors_may_be_booleans() -> None:
+    hot = torch.eye(3, dtype=torch.bool)[torch.arange(6) % 3]
+    dataset = from_incomplete_dataset(Incomplete({"digit": hot, "x": torch.randn(6, 2)}), likelihoods={"digit": "categorical"})
+    assert sorted(str(row.data["digit"]) for row in everything(dataset)) == ["0", "0", "1", "1", "2", "2"]
 
 
 def test_names_become_words_that_a_file_may_have() -> None:
@@ -404,6 +428,46 @@ def test_categories_of_old_files_masked_columns_and_whole_floats_are_classes(tmp
         "masked": ([0, -1, 1], ("7", "9")),
         "float": ([1, -1, 0], ("1", "2")),
     }
+
+
+def test_categories_of_numbers_stay_apart_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.importorskip("h5py").File(tmp_path / "f.h5", "w") as file:
+        frame = file.create_group("obs")
+        frame["dose/categories"], frame["dose/codes"] = np.array([0.5, 1.0, 1.5]), np.array([0, 1, 2, 1, -1])
+        frame["twice/categories"], frame["twice/codes"] = np.array([1.0, 2.0, 1.0]), np.array([0, 1, 2])
+        codes, names = _h5.classes(frame, "dose", "obs")
+        with pytest.raises(ValueError, match="obs: 'twice': expected categories with names of their own, got '1' for two"):
+            _h5.classes(frame, "twice", "obs")
+    assert codes.tolist() == [0, 1, 2, 1, -1] and names == ("0.5", "1", "1.5")
+
+
+def test_a_full_scratch_disk_is_an_error_that_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_h5mu(tmp_path / "m.h5mu", "csc")
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device: expected room for .* MB of scratch files in .*; name a folder .*TMPDIR"):
+        from_h5(path)
+
+
+def test_what_would_be_ignored_or_is_no_number_is_refused(tmp_path: Path) -> None:
+    path = write_h5mu(tmp_path / "m.h5mu")
+    for keywords in ({"features": "feature_types"}, {"obsm": ["pca"]}):
+        with pytest.raises(ValueError, match="m.h5mu: expected a .h5ad file for features or obsm, got a .h5mu"):
+            from_h5(path, **keywords)
+    one = write_h5ad(tmp_path / "one.h5ad", ["a", "b", "c"], np.eye(3, 4))
+    with pytest.importorskip("h5py").File(one, "a") as file:
+        write_frame(file["obsm"], "mixed", ["a", "b", "c"], size=np.arange(3), kind=["x", "y", "x"])
+    with pytest.raises(ValueError, match="/obsm/mixed: expected columns of numbers without gaps, got 'kind'"):
+        from_h5(one, obsm=["mixed"])
+
+
+def test_matrices_without_a_number_are_rows_of_zeros(tmp_path: Path) -> None:
+    files = [write_h5ad(tmp_path / f"{name}.h5ad", ["a", "b", "c"], np.zeros((3, 4))) for name in ("left", "right")]
+    rows = by_cell(from_h5(*files, test_share=0.4))
+    assert rows == [({"left": [0] * 4, "right": [0] * 4}, None)] * 3
 
 
 def test_files_that_are_none_names_that_occur_twice_and_modalities_that_share_genes_are_refused(tmp_path: Path) -> None:

@@ -194,6 +194,17 @@ def test_an_undecodable_datum_is_replaced_too(tmp_path: Path, monkeypatch: pytes
     assert "expected finite numbers" in report[0].message and 5 not in found
 
 
+def test_bytes_and_data_that_are_bad_in_one_part_have_the_same_substitutes_on_any_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Field, "_check_values", lambda *_: None)
+        folder = unequal(tmp_path, LENGTHS, poisoned=(5,))
+    payloads(folder)
+    alone = places(folder, EPOCH, damaged=4)[0]
+    assert all(places(folder, EPOCH, world=world, damaged=4)[0] == alone for world in (2, 4, 8))
+
+
 def test_where_nothing_is_left_to_stand_in_the_stream_stops(folder: Path) -> None:
     for path in folder.glob("train-*.tar"):
         path.unlink()

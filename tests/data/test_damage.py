@@ -316,7 +316,7 @@ def test_a_manifest_that_was_edited_broken_or_lost_is_an_error(folder: Path) -> 
     for text, message in [
         (good.replace('"laplace"', '"normal"'), "it was changed after it was written"),
         (good[:-20], "expected a manifest in JSON"),
-        ("[]", "expected a manifest in JSON"),
+        *((text, "expected a manifest in JSON") for text in ("[]", "5", "null", '"x"')),
         (good.replace('"format": 1', '"format": 2'), "expected format 1, got 2"),
     ]:
         path.write_text(text)

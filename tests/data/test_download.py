@@ -65,3 +65,17 @@ def test_an_altered_cached_file_is_gone_even_when_it_cannot_be_fetched_again(tmp
     with pytest.raises(ValueError, match="could not be downloaded"):
         fetch(file, tmp_path)
     assert not (tmp_path / "file.bin").exists()
+
+
+def test_a_file_of_the_users_folder_is_believed_by_its_checksum_looked_at_once(tmp_path, monkeypatch):
+    file = remote(tmp_path / "mine")
+    good = find([file], source=tmp_path / "mine")
+    assert good["file.bin"].read_bytes() == b"the real content"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file.bin").write_bytes(b"anything")
+    with pytest.raises(ValueError, match=f"other/file.bin: expected 16 bytes with sha256 {file.sha256}, got 8 with .*get it again"):
+        find([file], source=tmp_path / "other")
+    monkeypatch.setattr(_download, "_sha256", None)  # would fail
+    assert find([file], source=tmp_path / "mine") == good
+    packed = file._replace(name="file.bin.gz")  # unpacked, it has no checksum that is known
+    assert find([packed], source=tmp_path / "other")["file.bin.gz"] == tmp_path / "other" / "file.bin"

@@ -303,7 +303,7 @@ def test_data_that_do_not_fit_are_refused_before_they_are_written() -> None:
     assert refused(image, torch.zeros(4, 5, 3, dtype=torch.uint8)) == "expected uint8 (3, 4, 5), got uint8 (4, 5, 3)"
     assert refused(image, torch.zeros(3, 4, 5)) == "expected uint8 (3, 4, 5), got float32 (3, 4, 5)"
     assert refused(vector, torch.zeros(2, dtype=torch.float64)) == "expected float32 (2,), got float64 (2,)"
-    assert "expected a tensor of shape (2,), got str" == refused(vector, "two")
+    assert "expected a dense tensor of shape (2,), got str" == refused(vector, "two")
     assert "1 that are NaN or infinite" in refused(vector, torch.tensor([0.0, float("nan")]))
     assert "1 that are NaN or infinite" in refused(vector, torch.tensor([0.0, float("inf")]))
     assert "expected whole numbers" in refused(counts, torch.tensor([0.5, 1]))
@@ -313,6 +313,27 @@ def test_data_that_do_not_fit_are_refused_before_they_are_written() -> None:
     assert "expected numbers in [0, 1]" in refused(shares, torch.tensor([0.5, 1.5]))
     assert refused(TEXT, torch.zeros(4, dtype=torch.int64)) == "expected a sentence or int64 token ids (5,), got int64 (4,)"
     assert "expected token ids below 7, got 7" == refused(TEXT, torch.tensor([3, 4, 7, 0, 0]))
+
+
+def test_counts_may_be_of_any_type_of_whole_numbers_but_complex_ones() -> None:
+    counts = Field("counts", (2,), "npy", "poisson")
+    for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.bfloat16, torch.int8):
+        assert counts.decode(counts.encode(torch.tensor([0, 1], dtype=dtype))).tolist() == [0, 1]
+    assert f"expected counts from 0 to {LARGEST_COUNT}" in refused(counts, torch.tensor([2**64 - 1, 1], dtype=torch.uint64))
+    assert refused(counts, torch.tensor([1j, 2])) == "expected whole numbers, got complex64"
+
+
+def test_a_word_that_is_spelt_like_the_end_or_the_padding_is_neither() -> None:
+    for word in ("<pad>", "<eos>", "<unk>"):
+        assert TEXT.decode(TEXT.encode(f"red {word} bird")).tolist() == [3, UNKNOWN, 4, END, PAD]
+
+
+def test_a_header_that_no_python_can_be_read_from_is_a_value_error() -> None:
+    vector = Field("vector", (2,), "npy", "normal")
+    data = vector.encode(torch.zeros(2))
+    for broken in (data.replace(b"{", b"("), data.replace(b"'descr'", b'"""esc"'), data.replace(b"}", b"\\")):
+        with pytest.raises(ValueError):
+            vector.decode(broken)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,22 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_link_is_written_where_it_leads_and_what_cannot_be_replaced_is_refused_before_a_row_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    for name, target in (("empty", tmp_path / "here"), ("nowhere", tmp_path / "there")):
+        (tmp_path / name).symlink_to(target)
+        write_shards(dataset(), tmp_path / name)
+        assert (tmp_path / name).is_symlink() and check_shards(target).ok
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(ValueError, match="work: expected a folder that can be replaced, got the working folder or a mount; name a new"):
+        write_shards(dataset(lambda split: iter([Row({})])), ".")
+    monkeypatch.chdir(tmp_path / "here")
+    assert write_shards(dataset(), ".").fingerprint == Manifest.load("../there").fingerprint  # it is there already
+
+
 def test_a_cut_shard_is_not_returned_as_the_same_set(folder: Path) -> None:
     os.truncate(folder / "train-000001.tar", 1000)
     with pytest.raises(ValueError, match="train-000001.tar: expected 20480 bytes, got 1000"):
@@ -190,6 +206,16 @@ def test_processes_that_write_at_once_all_get_one_complete_folder(tmp_path: Path
         (Row({"sound": torch.full((5,), float("nan"))}), "row 2, modality sound: expected finite numbers, got 5"),
         (Row({"picture": torch.zeros(20, 30, 1, dtype=torch.uint8)}), r"row 2, modality picture: expected uint8 \(1, 20, 30\)"),
         (Row({"name": "one"}, 3), "row 2: expected a label from 0 to 2"),
+        (Row({"name": "one"}, "1"), "row 2: expected a label from 0 to 2 .*, got '1'"),  # type: ignore[arg-type]
+        (Row({"name": "one"}, 1.7), "row 2: expected a label from 0 to 2 .*, got 1.7"),  # type: ignore[arg-type]
+        (Row({"name": "one"}, torch.tensor(1.7)), "row 2: expected a label from 0 to 2"),  # type: ignore[arg-type]
+        (Row({"name": None}), r"row 2, modality name: expected a sentence \(str\) or int64 token ids \(3,\), got NoneType"),  # type: ignore[dict-item]
+        (Row({"name": b"one"}), "row 2, modality name: expected a sentence .* got bytes"),  # type: ignore[dict-item]
+        (Row({"name": 3}), "row 2, modality name: expected a sentence .* got int"),  # type: ignore[dict-item]
+        (
+            Row({"sound": torch.zeros(5).to_sparse()}),
+            r"row 2, modality sound: expected a dense tensor .*, got torch.sparse_coo",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_refused_with_its_place(tmp_path: Path, bad: Row, message: str) -> None:

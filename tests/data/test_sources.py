@@ -1,5 +1,6 @@
 """Shards may lie in several folders and behind addresses: the same rows, kept in a bounded cache, whatever the source does for a while."""
 
+import errno
 import hashlib
 import itertools
 import multiprocessing
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from braceexpand import braceexpand
 from fsspec.implementations.memory import MemoryFileSystem
 
 from meme_dist.data import retry
 from meme_dist.data.cache import Cache
 from meme_dist.data.index import Manifest
 from meme_dist.data.shards import check_shards, write_shards
+from meme_dist.data.source import absolute
 from meme_dist.data.stream import Evaluation, Stream
 from tests.data.tiny import COUNTED, counted, dataset, row_numbers
 
@@ -92,6 +95,30 @@ def test_what_a_manifest_calls_its_folder_loads_the_same_set(
     here = Manifest.load("mine-{000..002}").address
     monkeypatch.chdir("/")
     assert Manifest.load(here).num_rows("train") == 24
+
+
+def test_alternatives_that_are_absolute_paths_mean_the_same_in_every_working_folder(
+    folders: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for pattern in (
+        f"{{{tmp_path}/mine-000,mine-001}}",
+        "{mine-000,./mine-001}",
+        "sets/{../mine-000,../mine-001}",
+        "{a/../mine-000,mine-001}",
+    ):
+        assert list(braceexpand(absolute(pattern))) == [f"{tmp_path}/mine-000", f"{tmp_path}/mine-001"]
+    assert absolute("mine-{000..002}") == folders and absolute("{/a,/b}") == "{/a,/b}"
+    assert list(braceexpand(absolute("{/a{1..2},memory://b/c}/d\\,e"))) == ["/a1/d,e", "/a2/d,e", "memory://b/c/d,e"]
+
+
+def test_a_folder_is_the_same_by_whatever_name(folders: str, remote: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "mine-000")
+    for name in ("mine-000/", "./mine-000", "link"):
+        with pytest.raises(ValueError, match="expected each folder once, got .*mine-000 twice: its rows would count double"):
+            Manifest.load(f"{tmp_path}/{{mine-000,{name}}}")
+    with pytest.raises(ValueError, match=f"got {ADDRESS} twice"):
+        Manifest.load(f"{{{ADDRESS},{ADDRESS}/}}")
 
 
 def test_the_fingerprint_covers_every_folder_and_not_where_they_lie(folders: str, folder: Path, tmp_path: Path) -> None:
@@ -291,6 +318,22 @@ def test_a_set_that_does_not_fit_into_the_cache_is_read_by_range(folder: Path, r
         evaluated(ADDRESS)
 
 
+def test_a_server_that_knows_no_ranges_is_read_all_the_same_and_one_that_sends_something_else_is_told(
+    folder: Path, remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEME_DIST_CACHE_GB", "0")
+    cat_file, extra = MemoryFileSystem.cat_file, 0
+
+    def whole(self, path, start=None, end=None, **keywords):
+        return cat_file(self, path, **keywords) if not extra else cat_file(self, path, start=start, end=(end or 0) + extra)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", whole)
+    assert rows(ADDRESS) == rows(folder)
+    stream, extra = Stream(ADDRESS, "train", batch_size=8, streams=4, seed=0), 1
+    with pytest.raises(OSError, match=r"train-00000\d.tar: expected \d+ bytes from byte \d+ on, got \d+; let the server answer"):
+        next(iter(stream))
+
+
 def test_the_least_recently_used_shards_go_and_none_that_is_new_or_being_written(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bound=250)
 
@@ -430,6 +473,35 @@ def test_an_error_that_lasts_is_raised_at_once(error: Exception) -> None:
     with pytest.raises(type(error)) as caught:
         retry.retried("it", call)
     assert caught.value is error and len(calls) == 1
+
+
+def test_a_drivers_own_error_that_lasts_is_an_oserror_at_once() -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        refusal = DriverError("Forbidden")
+        refusal.status = 403  # type: ignore[attr-defined]
+        raise refusal
+
+    with pytest.raises(OSError, match="it: DriverError: Forbidden; see that it is there and may be read"):
+        retry.retried("it", call)
+    assert len(calls) == 1
+
+
+def test_the_size_of_a_shard_on_a_disk_that_fails_for_a_while_is_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    manifest, failures = Manifest.load(folder), [OSError(errno.ESTALE, "Stale file handle")]
+    stat = os.stat
+
+    def once(path, *arguments, **keywords):
+        if str(path).endswith(".tar") and failures:
+            raise failures.pop()
+        return stat(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", once)
+    shard = manifest.shards("train")[0]
+    assert manifest.size(shard) == shard.bytes and not failures
 
 
 def test_waits_double_are_repeatable_differ_between_sources_and_are_bounded() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets.digits import digits
+from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.data.sets.mfeat import mfeat
 from meme_dist.data.sets.polymnist import polymnist
 from meme_dist.data.shards import Dataset, write_shards
@@ -76,6 +77,14 @@ def test_all_rows_of_a_photograph_are_on_one_side(tmp_path: Path, paired_fractio
     seen = [{row["photo"] for row in part if "photo" in row} for part in (train, validation)]
     assert seen[0] and seen[1] and not seen[0] & seen[1]
     assert len(seen[1]) < len([row for row in validation if "photo" in row])  # several rows show one photograph
+
+
+def test_shards_of_another_seed_or_grouping_are_another_set(tmp_path: Path) -> None:
+    whole = linear_gaussian(rows=40)
+    write_shards(with_validation(whole, 0.25, seed=1), tmp_path / "shards")
+    for keywords, message in (({"seed": 2}, "validation_seed: 1 there, 2"), ({"seed": 1, "apart": "x0"}, "validation_apart: None there")):
+        with pytest.raises(ValueError, match=message):
+            write_shards(with_validation(whole, 0.25, **keywords), tmp_path / "shards")
 
 
 def test_groups_are_held_out_whole_up_to_the_share_and_no_part_may_be_empty() -> None:

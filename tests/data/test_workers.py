@@ -81,6 +81,18 @@ if __name__ == "__main__":
     assert alive == []
 
 
+def test_an_error_that_nobody_catches_ends_the_process_and_its_workers(folder: Path) -> None:
+    script = f"""
+from meme_dist.data.stream import Stream
+if __name__ == "__main__":
+    steps = iter(Stream({str(folder)!r}, "train", batch_size=8, streams=4, seed=0, workers=1))
+    next(steps)
+    raise RuntimeError("broken step")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: broken step\n")
+
+
 def running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()

@@ -4,6 +4,8 @@ Layout: anndata's "on-disk format", versions 0.7 and later; h5py alone reads it.
 """
 
 import importlib
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +23,7 @@ def h5py() -> Any:
     try:
         return importlib.import_module("h5py")
     except ImportError as error:
-        raise ValueError("h5py, which reads .h5mu and .h5ad, is not installed: pip install 'meme-dist[h5]'") from error
+        raise ValueError("h5py, which reads .h5mu and .h5ad, is not installed: pip install -e '.[h5]' in the project's folder") from error
 
 
 # ---- data frames ------------------------------------------------------------------------------------------------------------------------
@@ -41,15 +43,15 @@ def index(frame: Any, place: str) -> np.ndarray:
 def classes(frame: Any, column: str, place: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """A column as class numbers [rows], -1 where it has no value, and the names of the classes.
 
-    Raises ValueError for a column that is not there, and for numbers with fractions.
+    Raises ValueError for a column that is not there, for numbers with fractions, and for categories of which two have the same name.
     """
     if column not in frame:
         raise ValueError(f"{place}: no column {column!r}; there are {sorted(set(frame) - {frame.attrs.get('_index'), '__categories'})}")
     node, old = frame[column], frame.get("__categories", {})
     if hasattr(node, "keys") and "codes" in node:
-        return node["codes"][:].astype(np.int64), _named(_values(node["categories"])[0])
+        return node["codes"][:].astype(np.int64), _named(_values(node["categories"])[0], f"{place}: {column!r}")
     if column in old:
-        return node[:].astype(np.int64), _named(_values(old[column])[0])
+        return node[:].astype(np.int64), _named(_values(old[column])[0], f"{place}: {column!r}")
     values, there = _values(node)
     if values.dtype.kind == "f":
         there = there & np.isfinite(values)
@@ -58,7 +60,7 @@ def classes(frame: Any, column: str, place: str) -> tuple[np.ndarray, tuple[str,
     found, numbers = np.unique(values[there], return_inverse=True)
     codes = np.full(len(values), -1, dtype=np.int64)
     codes[there] = numbers
-    return codes, _named(found)
+    return codes, _named(found, f"{place}: {column!r}")
 
 
 def _values(node: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +73,12 @@ def _values(node: Any) -> tuple[np.ndarray, np.ndarray]:
     return values, np.ones(len(values), dtype=bool)
 
 
-def _named(values: np.ndarray) -> tuple[str, ...]:
-    return tuple(str(int(value)) if values.dtype.kind == "f" else str(value) for value in values)
+def _named(values: np.ndarray, place: str) -> tuple[str, ...]:
+    """What the classes are called: a whole number without its ".0", one class in columns of floats and of integers."""
+    names = [str(value).removesuffix(".0") if values.dtype.kind == "f" else str(value) for value in values]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"{place}: expected categories with names of their own, got {twice[0]!r} for two of them; rename one")
+    return tuple(names)
 
 
 # ---- matrices ---------------------------------------------------------------------------------------------------------------------------
@@ -161,12 +167,19 @@ def matrix(node: Any, scratch: Path) -> Matrix:
         return Dense(node)
     kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
     if kind == "dataframe":
-        return Columns(node, tuple(map(str, node.attrs["column-order"])))
+        return _columns(node)
     if kind.startswith("csr"):
         return Sparse(node["data"], node["indices"], node["indptr"][:].astype(np.int64), _shape(node)[1])
     if kind.startswith("csc"):
         return _by_rows(node, *_shape(node), scratch)
     raise ValueError(f"{node.name}: expected an array, or a sparse matrix by rows or columns, got {kind or 'a group'!r}; {OLD}")
+
+
+def _columns(frame: Any) -> Columns:
+    names = tuple(map(str, frame.attrs["column-order"]))
+    if other := [name for name in names if hasattr(frame[name], "keys") or frame[name].dtype.kind not in "biuf"]:
+        raise ValueError(f"{frame.name}: expected columns of numbers without gaps, got {other[0]!r} of another kind; leave it out")
+    return Columns(frame, names)
 
 
 def _shape(node: Any) -> tuple[int, int]:
@@ -182,8 +195,7 @@ def _by_rows(node: Any, rows: int, columns: int, scratch: Path) -> Sparse:
     for low, high in spans:
         start[1:] += np.bincount(node["indices"][low:high], minlength=rows)
     start = start.cumsum()
-    data = np.memmap(scratch / "data", node["data"].dtype, "w+", shape=max(1, total))
-    indices = np.memmap(scratch / "indices", np.int32, "w+", shape=max(1, total))
+    data, indices = _map(scratch / "data", node["data"].dtype, total), _map(scratch / "indices", np.dtype(np.int32), total)
     free = start[:-1].copy()  # of each row, where its next number goes
     for low, high in spans:
         row = node["indices"][low:high]
@@ -194,6 +206,18 @@ def _by_rows(node: Any, rows: int, columns: int, scratch: Path) -> Sparse:
         indices[place] = np.searchsorted(first, low + order, side="right") - 1
         free += np.bincount(row, minlength=rows)
     return Sparse(data, indices, start, columns)
+
+
+def _map(path: Path, dtype: np.dtype, size: int) -> np.memmap:
+    """A new file of that many numbers. Its room is taken now: a map that finds the disk full kills by SIGBUS, without a word."""
+    shape = max(1, size)
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shape * dtype.itemsize)
+    except OSError as error:
+        message = f"{error.strerror}: expected room for {shape * dtype.itemsize / 1e6:.1f} MB of scratch files in {path.parent}"
+        raise OSError(error.errno, f"{message}; name a folder that has it: TMPDIR=FOLDER") from error
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 def blocks(x: Matrix) -> Iterator[tuple[int, Block]]:

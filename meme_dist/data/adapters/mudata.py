@@ -91,6 +91,10 @@ def _parts(paths: Sequence[Path], features: str | None, obsm: Sequence[str]) -> 
             if "mod" in file:
                 if (axis := int(file.attrs.get("axis", 0))) != 0:
                     raise ValueError(f"{path}: expected modalities that share cells (axis 0), got axis {axis}")
+                if features is not None or obsm:
+                    raise ValueError(
+                        f"{path}: expected a .h5ad file for features or obsm, got a .h5mu, which has its modalities; leave them out"
+                    )
                 order = file["mod"].attrs.get("mod-order", list(file["mod"]))
                 found += [_Part(str(key), path, f"mod/{key}", "X", None, none) for key in order]
                 continue
@@ -223,7 +227,7 @@ def _rows(
 ) -> Iterator[Row]:
     with ExitStack() as stack:
         matrices = {part.name: _matrix(part, stack) for part in parts}
-        size = max(BLOCK, int(WINDOW / sum(x.row_bytes for x in matrices.values())))
+        size = max(BLOCK, int(WINDOW / max(1.0, sum(x.row_bytes for x in matrices.values()))))
         for window in _windows(mine, size, rng):
             yield from _of_window(parts, matrices, fields, window, codes)  # whose matrices are let go before the next are read
 

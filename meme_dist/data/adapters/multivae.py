@@ -18,6 +18,8 @@ from meme_dist.data.adapters._common import COUNT_LIKELIHOODS, Values, check_spl
 from meme_dist.data.fields import SPECIAL, Field, Likelihood
 from meme_dist.data.shards import Dataset, Row
 
+TYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+
 
 class Rows(Protocol):
     """What is needed of a data set. A row has `data` (a tensor for each modality) and, where there are any, `masks` and `labels`."""
@@ -29,7 +31,7 @@ class Rows(Protocol):
 def whole_number(label: Any) -> int:
     """The class of a row from its `labels`. Raises ValueError for anything but one whole number."""
     array = np.asarray(label)
-    if array.size != 1 or array.item() != int(array.item()):
+    if array.size != 1 or not float(array.item()).is_integer():
         raise ValueError(f"labels: expected one whole number, got shape {array.shape}; say what a row's class is: label=lambda y: ...")
     return int(array.item())
 
@@ -56,18 +58,22 @@ def from_incomplete_dataset(
     `likelihoods` overrides the likelihood by MultiVae's name of the modality, so that a model's `decoders_dist` can be given as it is;
     where it asks for counts, the modality becomes counts. "categorical" is for one-hot vectors: they become text of one word, the class.
     `label` turns a row's `labels` into its class (`lambda y: None`: into none), and `classes` names them. All rows are read once here.
-    Raises ValueError for rows without any modality, for NaN or infinity in an entry that is there, and for other types.
+    Raises ValueError for rows without any modality, modalities without any row, for NaN or infinity in an entry that is there, for other
+    types, and where there is no row.
     """
     parts = {"train": dataset} if test is None else {"train": dataset, "test": test}
     seen: dict[str, _Seen] = {}
     digest, wanted = hashlib.sha256(), likelihoods or {}
     highest = max([_scan(split, part, seen, label, digest) for split, part in parts.items()])
-    seen = {key: seen[key] for key in dict.fromkeys([*dataset[0].data, *seen]) if key in seen}  # in the order of the data set
+    if unseen := [key for key in dataset[0].data if key not in seen]:
+        raise ValueError(f"modality {unseen[0]}: expected rows that have it, its mask is False in all; mend the masks, or leave it out")
+    seen = {key: seen[key] for key in dict.fromkeys([*dataset[0].data, *seen])}  # in the order of the data set
     if unknown := set(wanted) - set(seen):
         raise ValueError(f"likelihoods: unknown modalities {sorted(unknown)}; the data set has {list(seen)}")
     names = modality_names(seen)
     stored = {key: _stored(key, entry, wanted.get(key)) for key, entry in seen.items()}
-    numbers = {split: np.arange(len(part)) for split, part in parts.items()} if test else held_out(len(dataset), test_share, seed)
+    whole = {split: np.arange(len(part)) for split, part in parts.items()}
+    numbers = held_out(len(dataset), test_share, seed) if test is None else whole
 
     def rows(split: str) -> Iterator[Row]:
         check_split(split)
@@ -77,7 +83,7 @@ def from_incomplete_dataset(
             present = _present(row)
             yield Row({names[key]: stored[key].convert(x) for key, x in present.items()}, _label(row, label))
 
-    keywords = {"sha256": digest.hexdigest(), "test_share": None if test else test_share, "seed": seed}
+    keywords = {"sha256": digest.hexdigest(), "test_share": test_share if test is None else None, "seed": seed}
     classes = classes or tuple(map(str, range(highest + 1)))
     return Dataset(name, {names[key]: entry.field for key, entry in stored.items()}, rows, classes, keywords)
 
@@ -96,6 +102,8 @@ class _Stored(NamedTuple):
 def _scan(split: str, part: Rows, seen: dict[str, _Seen], label: Callable[[Any], int | None], digest: Any) -> int:
     """Look at every entry that is there; the highest label, -1 without any."""
     highest = -1
+    if not len(part):
+        raise ValueError(f"{split}: expected rows, got an empty data set")
     for number in range(len(part)):
         row = part[number]
         present = _present(row)
@@ -136,6 +144,8 @@ def _look(key: str, x: Tensor, seen: dict[str, _Seen]) -> None:
     first = seen.setdefault(key, _Seen(tuple(x.shape), x.dtype, Values()))
     if (tuple(x.shape), x.dtype) != first[:2]:
         raise ValueError(f"expected {first.dtype} {first.shape} as in rows before it, got {x.dtype} {tuple(x.shape)}")
+    if x.dtype not in TYPES or x.layout != torch.strided:
+        raise ValueError(f"expected a dense tensor of a type that numpy has, got {x.dtype}, {x.layout}; convert it (float, to_dense)")
     if not (finite := torch.isfinite(x)).all():
         raise ValueError(f"expected finite numbers, got {int((~finite).sum())} that are NaN or infinite; mask the entry, or mend it")
     first.values.add(x.numpy())
@@ -179,6 +189,6 @@ def _categorical(seen: _Seen) -> _Stored:
     def convert(x: Tensor) -> str:
         if int(x.sum()) != 1:
             raise ValueError(f"expected a one-hot vector for a categorical likelihood, got one that sums to {float(x.sum()):g}")
-        return words[int(x.flatten().argmax())]
+        return words[int(x.flatten().int().argmax())]
 
     return _Stored(Field("text", (1,), "txt", "categorical", (*SPECIAL, *words)), convert)

@@ -1,5 +1,6 @@
 """Public files: from a folder that the user names, or fetched once into a cache, and never believed without their checksum."""
 
+import functools
 import hashlib
 import os
 import sys
@@ -26,8 +27,8 @@ class Remote(NamedTuple):
 def find(files: Sequence[Remote], *, source: Path | None, cache: Path | None = None) -> dict[str, Path]:
     """Where each file lies, by name: in `source`, or in the cache, to which it is downloaded if need be.
 
-    A file in `source` may also lie there unpacked (without `.gz`); its reader checks it. Raises ValueError, naming the files, their
-    addresses and what to do, where one is missing from `source`, cannot be had, or arrives with another checksum.
+    A file in `source` may also lie there unpacked (without `.gz`): that has no checksum, and its reader checks it. Raises ValueError,
+    naming the files, their addresses and what to do, where one is missing from `source`, cannot be had, or has another checksum.
     """
     if source is not None:
         return _in_folder(files, source)
@@ -67,7 +68,19 @@ def _in_folder(files: Sequence[Remote], source: Path) -> dict[str, Path]:
     if missing:
         wanted = "; ".join(f"{file.name} (from {file.urls[0]})" for file in missing)
         raise ValueError(f"{source}: missing {wanted}. Put the files there, or name the folder that has them: --source FOLDER")
+    for file in files:
+        if (path := found[file.name]) is not None and path.name == file.name:
+            _check(path, file)
     return {name: path for name, path in found.items() if path is not None}
+
+
+@functools.cache  # a data set asks for its files with every split
+def _check(path: Path, file: Remote) -> None:
+    if (got := _sha256(path)) != file.sha256:
+        raise ValueError(
+            f"{path}: expected {file.size} bytes with sha256 {file.sha256}, got {path.stat().st_size} with {got}; "
+            f"it is cut or altered, get it again (from {file.urls[0]})"
+        )
 
 
 def _present(folder: Path, name: str) -> Path | None:
