@@ -34,9 +34,9 @@ class Place(NamedTuple):
     reduce: Callable[[Tensor], Tensor] = alone
 
 
-def evaluation(manifest: Manifest, split: str, place: Place, *, seed: int) -> Evaluation:
-    """Every row of a split once, this rank's share of them."""
-    return Evaluation(manifest.folder, split, batch_size=EVALUATION_ROWS, rank=place.rank, world=place.world, seed=seed)
+def evaluation(manifest: Manifest, split: str, place: Place, *, seed: int, damaged: int = 0) -> Evaluation:
+    """Every row of a split once, this rank's share of them; `damaged`: as many training rows as may be unreadable."""
+    return Evaluation(manifest.folder, split, batch_size=EVALUATION_ROWS, rank=place.rank, world=place.world, seed=seed, damaged=damaged)
 
 
 def classifiers_of(recipe: Recipe, manifest: Manifest, cache: Path, *, console: Console, visible: bool = True) -> dict[str, Classifier]:
@@ -47,7 +47,7 @@ def classifiers_of(recipe: Recipe, manifest: Manifest, cache: Path, *, console: 
         return trained_classifiers(
             manifest.fields,
             len(manifest.classes),
-            evaluation(manifest, "train", Place(), seed=0),
+            evaluation(manifest, "train", Place(), seed=0, damaged=recipe.training.damaged),
             fingerprint=manifest.fingerprint,
             cache=cache,
             build=recipe.judge,
@@ -75,7 +75,7 @@ def assess(
     with stage("measuring", console=console, visible=place.rank == 0):
         measured = measure(
             objective,
-            train=evaluation(manifest, "train", place, seed=seed),
+            train=evaluation(manifest, "train", place, seed=seed, damaged=recipe.training.damaged),
             test=evaluation(manifest, split, place, seed=seed),
             fields=manifest.fields,
             classes=manifest.classes,

@@ -31,7 +31,8 @@ def fit_stored(
     """
     seed = contrast.seed
     place = Place(processes.rank, processes.world, processes.reduce)
-    splits = {name: evaluation(stored.manifest, name, place, seed=own) for name, own in (("train", seed), ("test", seed + 1))}
+    train = evaluation(stored.manifest, "train", place, seed=seed, damaged=stored.recipe.training.damaged)
+    splits = {"train": train, "test": evaluation(stored.manifest, "test", place, seed=seed + 1)}
     most = {name: min(rows, stored.manifest.num_rows(name)) for name in splits}
     latents = {
         name: posterior_draws(stored.objective, batches, rows=most[name], draws=draws, reduce=processes.reduce)

@@ -74,7 +74,7 @@ def fill(part: Part, size: int) -> Part:
     """The part with rows behind it that observe nothing, up to `size` rows."""
     extra = size - len(part.observed)
     observed = np.concatenate([part.observed, np.zeros((extra, len(part.present)), dtype=bool)])
-    return Part(part.present, observed, np.concatenate([part.label, np.full(extra, -1)]))
+    return part._replace(observed=observed, label=np.concatenate([part.label, np.full(extra, -1)]))
 
 
 def to_batch(part: Part, *, draw: np.ndarray, seed: int, single: bool, labelled: bool) -> Batch:

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from meme_dist.data.check import Problem
 from meme_dist.data.collate import Part, cut, decode, fill, join, to_batch
 from meme_dist.data.index import Manifest
 from meme_dist.data.order import Order, default_streams
-from meme_dist.data.reader import Reader
+from meme_dist.data.reader import Raw, Reader
 from meme_dist.data.substitute import decode_intact
 from meme_dist.data.workers import parts
 from meme_dist.types import Batch
@@ -66,7 +66,7 @@ class Stream:
         self.workers = min(_at_least_zero("workers", workers), len(_streams_of(self._mine, batch_size // streams)))
         self.single = self.manifest.single(split)
         rows = self.manifest.num_rows(split)
-        self.budget, self._damaged = _at_most("damaged", damaged, rows // 2), dict[tuple[str, str | None], Problem]()
+        self._damaged = _Budget(self.manifest, _at_most("damaged", damaged, rows // 2))
         self._reader = Reader(self.manifest, split, lenient=damaged > 0)
         row_bytes = sum(shard.bytes for shard in self.manifest.shards(split)) / rows
         self._order = Order.of(rows=rows, row_bytes=row_bytes, streams=streams, seed=seed)
@@ -74,7 +74,7 @@ class Stream:
     def __iter__(self) -> Iterator[list[Batch]]:
         """From `step` on: for each optimiser step this rank's `accumulate` micro batches. `step` counts what was handed out."""
         step, rows = _at_least_zero("step", self.step), self.batch_size // self.streams
-        source = parts(_Shares(self._reader, self._order, self._mine, rows, step, self.budget > 0), self.workers)
+        source = parts(_Shares(self._reader, self._order, self._mine, rows, step), self.workers)
         while True:
             share = join([next(source) for _ in range(self.workers)]) if self.workers else next(source)
             self.admit(share.damaged)
@@ -85,22 +85,14 @@ class Stream:
     @property
     def damaged(self) -> tuple[Problem, ...]:
         """The rows so far that could not be read, each once, in the order in which their turns came."""
-        return tuple(self._damaged.values())
+        return tuple(self._damaged.found.values())
 
     def admit(self, problems: Sequence[Problem]) -> None:
         """Count damaged rows: this rank's own, or those of other ranks, so that all share one budget.
 
         Raises ValueError, naming the first, where there are more than `damaged` allows.
         """
-        self._damaged |= {
-            (problem.shard, problem.row): problem for problem in problems if (problem.shard, problem.row) not in self._damaged
-        }
-        if len(self._damaged) > self.budget:
-            first = "; ".join(map(str, self.damaged[:NAMED]))
-            raise ValueError(
-                f"{self.manifest.folder}: expected at most {self.budget} damaged rows, got {len(self._damaged)}: {first}; "
-                "see `meme-dist shards check`, then write the shards again or allow more"
-            )
+        self._damaged.admit(problems)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it is a position in, and the damaged rows met on the way."""
@@ -115,7 +107,7 @@ class Stream:
                     "the same position would hold other rows: resume with what the run began with, or begin a new run"
                 )
         self.step = _at_least_zero("step", state["step"])
-        self._damaged.clear()
+        self._damaged.found.clear()
         self.admit([Problem(*entries) for entries in state.get("damaged", [])])
 
     @property
@@ -145,7 +137,8 @@ class Evaluation:
 
     Rank r has the r-th contiguous share of the rows. Batches are always full: rows that observe nothing stand where a share ends early (a
     rank may have none but those). `Batch.draw` is the row's number in the split; padding rows go on counting behind the last, each its own.
-    Raises ValueError and OSError as `Stream` does; there is no budget for damaged rows, since each row counts.
+    Raises ValueError and OSError as `Stream` does. `damaged` is for training rows alone: others stand in for that many of them, as in a
+    stream, where every row of a test counts.
     """
 
     def __init__(
@@ -158,6 +151,7 @@ class Evaluation:
         world: int = 1,
         seed: int = 0,
         workers: int = 0,
+        damaged: int = 0,
         cache: Path | str | None = None,
     ):
         _check_rank(rank, world)
@@ -165,8 +159,9 @@ class Evaluation:
         self.manifest, self.split = Manifest.load(folder, cache=cache), split
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.single = self.manifest.single(split)
-        self._reader = Reader(self.manifest, split)
         rows = self.manifest.num_rows(split)
+        self._damaged = _Budget(self.manifest, _at_most("damaged", damaged, rows // 2))
+        self._reader = Reader(self.manifest, split, lenient=damaged > 0)
         self._low, self._high = rank * rows // world, (rank + 1) * rows // world
         self._length = -(-rows // (world * batch_size))
         self.workers = min(_at_least_zero("workers", workers), self._length)
@@ -176,10 +171,11 @@ class Evaluation:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = _Ranges(self._reader, self._low, self._high, self.batch_size, self._length)
+        mine = _Ranges(self._reader, self._low, self._high, self.batch_size, self._length, self.seed)
         rows = self.manifest.num_rows(self.split)
         padding = rows + self.rank * self._length * self.batch_size - self._low  # those of the ranks before come first
         for number, part in enumerate(parts(mine, self.workers)):
+            self._damaged.admit(part.damaged)
             draw = self._low + number * self.batch_size + np.arange(self.batch_size)
             draw = np.where(draw < self._high, draw, draw - self._high + padding)
             part = join([part]) if self.workers else part
@@ -189,8 +185,8 @@ class Evaluation:
 class _Shares:
     """The work of a stream: for each step the rows of a worker's share of the rank's virtual streams, of which each gives `each` rows."""
 
-    def __init__(self, reader: Reader, order: Order, mine: range, each: int, step: int, lenient: bool):
-        self.reader, self.order, self.mine, self.step, self.lenient = reader, order, mine, step, lenient
+    def __init__(self, reader: Reader, order: Order, mine: range, each: int, step: int):
+        self.reader, self.order, self.mine, self.step = reader, order, mine, step
         self.each, self.streams, self.fields = each, _streams_of(mine, each), reader.manifest.fields
 
     def most(self, workers: int) -> int:
@@ -205,17 +201,16 @@ class _Shares:
                 more, members = next(source)
                 rows += more
                 raw += members
-            yield decode_intact(self.reader, rows, raw, self.order.seed, room) if self.lenient else decode(self.reader, rows, raw, room)
+            yield _decoded(self.reader, rows, raw, self.order.seed, room)
 
     def _raw(self, stream: int) -> Iterator[tuple[list[int], list]]:
         """What a stream gives to this rank's part of each step: numbers of rows, and their bytes."""
-        read = self.reader.attempt if self.lenient else self.reader.read
         begin, end = max(self.mine.start, stream * self.each), min(self.mine.stop, (stream + 1) * self.each)
         size, place, rows, raw = end - begin, 0, [], []
         for window in self.order.windows(stream, self.step * self.each):
             within = stream * self.each + np.arange(place, place + len(window)) % self.each
             place, window = place + len(window), window[(begin <= within) & (within < end)]
-            rows, raw = rows + window.tolist(), raw + read(window)
+            rows, raw = rows + window.tolist(), [*raw, *_read(self.reader, window)]
             whole = len(rows) // size * size
             for low in range(0, whole, size):
                 yield rows[low : low + size], raw[low : low + size]
@@ -225,8 +220,8 @@ class _Shares:
 class _Ranges:
     """The work of an evaluation: batch by batch the next rows, filled up at the end. Worker w of n makes batches w, w + n, ..."""
 
-    def __init__(self, reader: Reader, low: int, high: int, batch_size: int, length: int):
-        self.reader, self.low, self.high, self.length = reader, low, high, length
+    def __init__(self, reader: Reader, low: int, high: int, batch_size: int, length: int, seed: int):
+        self.reader, self.low, self.high, self.length, self.seed = reader, low, high, length, seed
         self.rows, self.fields = batch_size, reader.manifest.fields
 
     def most(self, workers: int) -> int:
@@ -236,7 +231,31 @@ class _Ranges:
         for number, room in zip(range(worker, self.length, workers), rooms, strict=False):
             start = min(self.high, self.low + number * self.rows)
             rows = np.arange(start, min(self.high, start + self.rows))
-            yield fill(decode(self.reader, rows.tolist(), self.reader.read(rows), room), self.rows)
+            yield fill(_decoded(self.reader, rows.tolist(), _read(self.reader, rows), self.seed, room), self.rows)
+
+
+def _read(reader: Reader, rows: np.ndarray) -> Sequence[Raw | Problem]:
+    return reader.attempt(rows) if reader.lenient else reader.read(rows)
+
+
+def _decoded(reader: Reader, rows: Sequence[int], raw: Sequence[Raw | Problem], seed: int, room: Mapping[str, Tensor] | None) -> Part:
+    return decode_intact(reader, rows, raw, seed, room) if reader.lenient else decode(reader, rows, cast(Sequence[Raw], raw), room)
+
+
+class _Budget:
+    """The damaged rows that were met, each once, and how many there may be."""
+
+    def __init__(self, manifest: Manifest, most: int):
+        self.manifest, self.most, self.found = manifest, most, dict[tuple[str, str | None], Problem]()
+
+    def admit(self, problems: Sequence[Problem]) -> None:
+        self.found |= {(p.shard, p.row): p for p in problems if (p.shard, p.row) not in self.found}
+        if len(self.found) > self.most:
+            first = "; ".join(map(str, [*self.found.values()][:NAMED]))
+            raise ValueError(
+                f"{self.manifest.folder}: expected at most {self.most} damaged rows, got {len(self.found)}: {first}; "
+                "see `meme-dist shards check`, then write the shards again or allow more"
+            )
 
 
 def _streams_of(rows: range, each: int) -> range:

@@ -230,3 +230,14 @@ def test_a_shard_that_vanishes_in_mid_epoch_costs_no_more_than_its_rows(folder: 
     gone(folder / "again")
     with pytest.raises(ValueError, match="train-000001.tar: expected a file of 20480 bytes, found none"):
         list(itertools.islice(strict, 2 * EPOCH))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_over_training_rows_has_the_same_budget(folder: Path, workers: int) -> None:
+    """Classifiers and probes learn from training rows: a training that may lose some must not stop at its evaluation."""
+    lost = payloads(folder)
+    rows = [row for batch in Evaluation(folder, "train", batch_size=5, workers=workers, damaged=3) for row in row_numbers(batch)]
+    rows = rows[:ROWS]  # the last batch is filled up
+    assert [row for row in range(ROWS) if rows[row] != row] == sorted(lost) and not lost & set(rows)
+    with pytest.raises(ValueError, match="expected at most 2 damaged rows, got 3"):
+        list(Evaluation(folder, "train", batch_size=5, workers=workers, damaged=2))
