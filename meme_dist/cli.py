@@ -13,6 +13,7 @@ from rich.console import Console
 from meme_dist import __version__
 from meme_dist.data_commands import doctor, recipes, shards
 from meme_dist.flags import PROGRAM, chosen, recipe_flags, value_of
+from meme_dist.leave import status_of
 from meme_dist.run_commands import evaluate, export, generate, impute
 
 TRACEBACK = "MEME_DIST_TRACEBACK"  # set it to see where an error came from
@@ -42,7 +43,7 @@ Several processes: accelerate launch ... -m meme_dist train RECIPE ... (launch/R
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (found something wrong) or 2 (cannot do what was asked)."""
+    """Run one command; returns the exit status: 0, 1 (found or met something wrong) or 2 (cannot do what was asked)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     errors = Console(stderr=True, highlight=False)
     try:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
-        return 2
+        return status_of(error)
     except KeyboardInterrupt:
         errors.print("interrupted; what was saved stays, and `--resume RUN` goes on from there", markup=False)
         return 130

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import resource
@@ -26,8 +27,8 @@ SUPPORTED = {
     "deepspeed": ">=0.18",
 }
 OPTIONAL = {
-    "triton": "the fused kernels: pip install 'meme-dist[triton]' (CUDA builds of torch bring it along)",
-    "deepspeed": "the engines zero1, zero2, zero3 and zero3_offload: pip install 'meme-dist[deepspeed]'",
+    "triton": "the fused kernels: pip install -e '.[triton]' in the project's folder (CUDA builds of torch bring it along)",
+    "deepspeed": "the engines zero1, zero2, zero3 and zero3_offload: pip install -e '.[deepspeed]' in the project's folder",
 }
 PYTHONS = SpecifierSet(">=3.11,<3.13")
 ENOUGH_DISK = 2.0  # GiB: the digits' shards take 4 MB, those of MNIST-SVHN about 400 MB; a checkpoint of theirs 5 and about 40 MB
@@ -146,7 +147,7 @@ def _visible() -> Iterator[Finding]:
     """GPUs that the machine has or the environment asks for, and torch does not see."""
     seen, asked = _count_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
-    wanted = there if asked is None else len([name for name in asked.split(",") if name.strip()])
+    wanted = there if asked is None else len(_asked_for(asked))
     if wanted <= seen:
         if seen:
             yield Finding("ok", "GPUs visible", f"{seen} of {max(there, seen)}")
@@ -154,6 +155,12 @@ def _visible() -> Iterator[Finding]:
     told = f"the driver lists {there}" if asked is None else f"CUDA_VISIBLE_DEVICES={asked}"
     advice = "give numbers that nvidia-smi lists in CUDA_VISIBLE_DEVICES, or install a torch built for CUDA; `accelerate launch "
     yield Finding("wrong", "GPUs visible", f"{told}, torch sees {seen}", f"{advice}--num_processes {max(seen, 1)}` fits what torch sees")
+
+
+def _asked_for(visible: str) -> list[str]:
+    """The names in CUDA_VISIBLE_DEVICES, of which CUDA reads those before the first -1."""
+    names = (name.strip() for name in visible.split(","))
+    return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]
 
 
 def _count_devices() -> int:

@@ -171,7 +171,9 @@ def _named(problem: Exception, who: str) -> Exception:
     if isinstance(problem, Elsewhere):
         return OSError(f"{who}: another process ended or does not answer ({problem.__cause__}); the launcher's output says which")
     if isinstance(problem, OSError):
-        return OSError(f"{who}: {problem}")
+        named = OSError(f"{who}: {problem}")
+        named.errno = problem.errno  # the exit status depends on it
+        return named
     if isinstance(problem, ValueError):
         return ValueError(f"{who}: {problem}")
     problem.add_note(f"on {who}")

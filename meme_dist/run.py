@@ -64,7 +64,7 @@ class Where:
     """Where a run is written."""
 
     run: str | None = None
-    """Name of the run, or a path; by default the recipe and the time. A bare name stands for runs/NAME."""
+    """Name of the run, or a path; by default the recipe and the time (one process). A bare name stands for runs/NAME."""
     resume: str | None = None
     """Continue this run (name or path) from its last checkpoint; without RECIPE, exactly as it began."""
     like: str | None = None
@@ -118,7 +118,8 @@ def run_folder(name: str) -> Path:
 def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Console) -> bool:
     """Train a recipe with these keywords and evaluate it; False where it was told to stop (SIGTERM, SIGUSR1) and saved before the end.
 
-    Raises ValueError for an existing run folder without `resume`, and for a resumed run whose recipe or keywords changed.
+    Raises ValueError for an existing run folder without `resume`, and for a resumed run whose recipe or keywords changed, that is trained
+    further than it is asked to, or that `run` contradicts.
     """
     started = ranks()
     prepared = prepare(name, arguments, where, started, console=console)
@@ -137,15 +138,27 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
         console.print(about, soft_wrap=True)
     if where.resume is not None and not trainer.resume() and trainer.is_main:
         console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
-    watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
     training = prepared.recipe.training
+    if trainer.step > training.steps:
+        raise ValueError(
+            f"{prepared.folder}: was trained for {trainer.step} steps, more than the {training.steps} it is asked for; "
+            f"give --steps {trainer.step} or more, or start a new run from its settings: --like {prepared.folder}"
+        )
+    watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
     meter = Meter()
+
+    def look() -> None:
+        with heart.resting(), meter.paused():
+            watch.evaluate()
+
     with heart:
+        if trainer.step % training.evaluate_every == 0 and trainer.evaluated < trainer.step:  # it was stopped before it could
+            look()
+            trainer.save(wait=False)
         for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
             last = report.step == training.steps
             if last or report.step % training.evaluate_every == 0 and not trainer.stopping:
-                with heart.resting(), meter.paused():
-                    watch.evaluate()
+                look()
             if last or report.step % training.save_every == 0:
                 trainer.save(wait=False)
     done = trainer.step == training.steps
@@ -163,7 +176,7 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
     """Write what has to be there before training: shards, and the run's folder with its run.json. Rank 0 writes, the others wait."""
-    keywords, folder = flatten(arguments), _folder(name, where)
+    keywords, folder = flatten(arguments), _folder(name, where, started.world)
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
     if where.resume is not None:
@@ -222,7 +235,8 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, s
         damaged=training.damaged,
     )
     own = {name: value for name, value in prepared.keywords.items() if name not in {*vars(training), *record.PLACES}}
-    return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, stop=stop, heart=heart)
+    known = {f"training.{name}" if name in vars(training) else name: value for name, value in defaults(RECIPES[prepared.name]).items()}
+    return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, defaults=known, stop=stop, heart=heart)
 
 
 def described(manifest: Manifest) -> str:
@@ -292,12 +306,19 @@ def held_out_loss(objective: Objective, batch: Batch) -> Mapping[str, Sums]:
     return {"held_out/loss": Sums(objective(batch).total.detach(), batch.observed.any(1).sum())}
 
 
-def _folder(name: str, where: Where) -> Path:
+def _folder(name: str, where: Where, world: int) -> Path:
     if where.resume is not None:
-        return run_folder(where.resume)
+        folder = run_folder(where.resume)
+        if where.run is not None and run_folder(where.run).resolve() != folder.resolve():
+            raise ValueError(
+                f"--resume goes on in {folder}, got --run {where.run} with it; leave --run out, or begin that run anew: --like {folder}"
+            )
+        return folder
     if where.run is not None:
         return run_folder(where.run)
-    return RUNS / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"  # only rank 0's clock counts: only rank 0 writes
+    if world > 1:  # each would name it by its own clock, and write its share of a checkpoint into a folder of its own
+        raise ValueError(f"train: {world} processes share one run, which needs a name that all of them know; add --run NAME")
+    return RUNS / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _wait_for(file: Path) -> None:

@@ -29,10 +29,10 @@ import tyro
 
 from meme_dist import record
 from meme_dist.flags import value_of
+from meme_dist.leave import MISTAKE, status_of
 from meme_dist.train.signals import ECHO, EXITS, SAVED, told
 
 JOURNAL = "supervisor.jsonl"
-MISTAKE = 2
 POLL = 0.2  # seconds between two looks at the running launch
 LAST_WORDS = 5.0  # seconds between SIGTERM and SIGKILL for what is left of a launch
 PROCESSES = Path("/proc")
@@ -282,7 +282,7 @@ def main(words: Sequence[str]) -> int:
         return Supervisor(command, limits).run()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return status_of(error)
 
 
 if __name__ == "__main__":

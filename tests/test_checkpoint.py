@@ -16,6 +16,7 @@ import torch
 from meme_dist.train import checkpoint
 from meme_dist.train.checkpoint import Checkpoint, load_weights, locate, read, write
 from meme_dist.train.trainer import Trainer, Training
+from meme_dist.train.training import FREE
 from tests.ranks import forkserver
 from tests.trainings import Rows, build, mixed, weights
 
@@ -33,10 +34,17 @@ def number_in(folder: Path) -> int:
     return numbers.pop()
 
 
-def trainer(folder: Path | None = None, *, names: str = "ab", configuration: dict[str, Any] | None = None, **settings: Any) -> Trainer:
+def trainer(
+    folder: Path | None = None,
+    *,
+    names: str = "ab",
+    configuration: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Trainer:
     training = Training(**({"steps": 9, "batch_size": 8, "ema": 0.9} | settings))
     rows = Rows(names, mixed(names), batch_size=training.batch_size)
-    return Trainer(build(names), rows, training, folder=folder, configuration=configuration)
+    return Trainer(build(names), rows, training, folder=folder, configuration=configuration, defaults=defaults)
 
 
 @pytest.fixture
@@ -287,6 +295,18 @@ def test_resuming_into_changed_settings_names_them_with_both_values(tmp_path: Pa
     assert "latent_dim" not in message and "workers" not in message
 
 
+def test_a_checkpoint_older_than_a_setting_had_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as then:
+        then.setattr("meme_dist.train.training.FREE", (*FREE, "precision", "weight_decay"))  # these settings were not there yet
+        trainer(tmp_path, configuration={"latent_dim": 2}).save()
+    known = {"latent_dim": 3, "network": {"hidden": (6, 7)}, "training.weight_decay": 0.1}
+    with pytest.raises(ValueError, match=r"network.hidden: \[6, 7\] in the checkpoint, \[9\] now"):
+        trainer(tmp_path, configuration={"latent_dim": 2, "network": {"hidden": (9,)}}, defaults=known, weight_decay=0.1).resume()
+    with pytest.raises(ValueError, match=r"weight_decay: 0.1 in the checkpoint, 0.0 now"):
+        trainer(tmp_path, configuration={"latent_dim": 2, "network": {"hidden": (6, 7)}}, defaults=known).resume()
+    assert trainer(tmp_path, configuration={"latent_dim": 2, "network": {"hidden": (6, 7)}}, defaults=known, weight_decay=0.1).resume()
+
+
 def test_resuming_on_another_stream_is_refused_before_anything_changes(saved: Path) -> None:
     again = trainer(saved)
     before = weights(again.objective)
@@ -313,6 +333,56 @@ def test_best_is_replaced_by_better_values_only_and_apart_from_last(tmp_path: Pa
     run.save()
     again = trainer(tmp_path)
     assert again.resume() and not again.save_best(0.4) and again.save_best(0.6)  # the value outlives the process
+
+
+@pytest.mark.parametrize("damage", ["cut", "no value"])
+def test_a_damaged_best_is_replaced_by_any_value(tmp_path: Path, damage: str) -> None:
+    run = trainer(tmp_path)
+    next(iter(run))
+    assert run.save_best(1.0)
+    path = tmp_path / "checkpoints" / "best" / "state.json"
+    state = json.loads(path.read_text())
+    state = {name: entry for name, entry in state.items() if name not in ("value", "digest")}
+    path.write_text(path.read_text()[:-30] if damage == "cut" else json.dumps({**state, "digest": checkpoint._digest_of(state)}))
+    assert run.save_best(0.5) and read(tmp_path / "checkpoints" / "best").state["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "left"),
+    [
+        ((100, 200, 200), 2, [200, 100]),  # told to stop right after a save
+        ((100, 200, 300, 250), 3, [250, 200, 100]),  # 300 was damaged, so the run went on from 200
+        ((100, 200, 300, 50), 3, [50]),
+    ],
+)
+def test_a_checkpoint_of_a_step_that_was_gone_back_from_takes_no_place(
+    tmp_path: Path, steps: tuple[int, ...], keep: int, left: list[int]
+) -> None:
+    for step in steps:
+        write(tmp_path / "last", version(step), keep=keep)
+    assert [number_in(path) for path in (tmp_path / "last", *checkpoint.older(tmp_path / "last"))] == left
+
+
+def test_a_step_just_saved_is_not_saved_again_unless_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, saves, whole = trainer(tmp_path), [], checkpoint.commit
+
+    def commit(*values: Any, **keywords: Any) -> None:
+        saves.append(values)
+        if len(saves) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        whole(*values, **keywords)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    steps = iter(run)
+    next(steps)
+    run.save(wait=False)
+    run.save()
+    assert len(saves) == 1
+    next(steps)
+    with pytest.raises(OSError, match="Input/output"):
+        run.save()
+    run.save()
+    assert len(saves) == 3 and read(tmp_path / "checkpoints" / "last").state["step"] == 2
 
 
 def test_an_export_is_one_file_with_the_weights_that_load_weights_takes(tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def test_a_machine_whose_name_has_no_address_is_noted(monkeypatch: pytest.Monkey
         (None, 4, 0, ["wrong"], "the driver lists 4, torch sees 0"),
         ("0,9", 4, 1, ["wrong"], "CUDA_VISIBLE_DEVICES=0,9, torch sees 1"),
         ("", 4, 0, [], ""),  # none is asked for
+        ("-1", 4, 0, [], ""),  # nor here
+        ("0,-1,1", 4, 1, ["ok"], "1 of 4"),  # CUDA reads no further than the first -1
     ],
 )
 def test_gpus_that_torch_does_not_see_are_wrong(

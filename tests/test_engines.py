@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from meme_dist.modalities.graph import graph
+from meme_dist.modalities.graph_types import OneHot
+from meme_dist.objectives.meme import MEME
 from meme_dist.train import checkpoint
+from meme_dist.train.engines.base import Layout
+from meme_dist.train.engines.placed import Placed
+from meme_dist.train.engines.zero import Zero
 from meme_dist.train.trainer import NonFiniteError, Trainer, Training
 from tests.ranks import run_ranks
 from tests.trainings import Rows, build, mixed
@@ -29,7 +36,7 @@ def launched(engine: str) -> dict[str, str]:
 
 def needs(engine: str) -> None:
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'meme-dist[deepspeed]'")
+        pytest.skip("deepspeed is not installed: pip install -e '.[deepspeed]' in the project's folder")
 
 
 def trainer_on(engine: str, rank: int, world: int, mask: np.ndarray, folder: Path | None = None, **settings: Any) -> Trainer:
@@ -264,6 +271,50 @@ def without_third(rank: int, world: int) -> dict[str, Any]:
 
     rows.batch = batch
     return {"loss": [report.loss for report in trainer], **whole(trainer)}
+
+
+# ---- what a rank does not hold, and what lies elsewhere -----------------------------------------------------------------------------
+
+
+def graphs() -> MEME:
+    """Two graph modalities, whose constants are buffers of equal names and shapes, and of other numbers."""
+    torch.manual_seed(0)
+    kinds = {"loud": OneHot(3, scale=4.0), "soft": OneHot(3, scale=1.0)}
+    return MEME({name: graph(4, types=types, latent_dim=2, hidden=8) for name, types in kinds.items()}, pseudo_inputs=2, samples=2)
+
+
+def evaluated_constants(rank: int, world: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The constants that a rank holds, and those of the whole module that it evaluates with."""
+    objective = graphs()
+    engine = Placed(objective, Training(members=2, batch_size=BATCH), torch.device("cpu"), world=world)
+    engine.broadcast_buffers()
+    with engine.evaluated(None) as module:
+        return constants(objective), constants(module)
+
+
+def constants(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: buffer.numpy() for name, buffer in module.named_buffers()}
+
+
+def test_members_keep_the_constants_of_their_modalities_and_evaluate_with_all() -> None:
+    expected = constants(graphs())
+    found = run_ranks(evaluated_constants, 2)
+    assert sorted(sorted({name.split(".")[1] for name in mine}) for mine, _ in found) == [["loud"], ["soft"]]
+    for mine, evaluated in found:
+        assert evaluated.keys() == expected.keys()
+        assert all(np.array_equal(x, expected[name]) for came in (mine, evaluated) for name, x in came.items())
+
+
+def test_parts_that_lie_in_host_memory_cross_the_ranks_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under zero3_offload on GPUs: NCCL sends nothing from the host. Here "meta" stands for the GPU."""
+    sent: list[str] = []
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda into, x: sent.extend(part.device.type for part in (*into, x)))
+    engine: Any = object.__new__(Zero)
+    engine.stage, engine.wrapped = 3, SimpleNamespace(device=torch.device("meta"))
+    engine.layout = Layout({"w": torch.empty(3, 2, device="meta")}, {"w": "w"})
+    assert engine.whole("w", torch.zeros(3)).shape == (3, 2)
+    assert sent == ["meta"] * 3
 
 
 # ---- bf16 -------------------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from meme_dist.data.index import Manifest
+from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
-from meme_dist.run import initial_objective
+from meme_dist.recipes.keywords import unflatten
+from meme_dist.run import Ranks, Where, initial_objective, prepare, train_prepared
 from meme_dist.train import checkpoint
 from meme_dist.train.signals import Stop
 from meme_dist.train.spikes import SpikeDetector
@@ -140,6 +143,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_said(tmp_
     assert all(torch.equal(p, weights(trainer.objective)[name]) for name, p in again.objective.named_parameters())
 
 
+def test_an_older_checkpoint_without_its_state_is_passed_over_too(tmp_path: Path) -> None:
+    run(trainer_on(tmp_path, {}, keep=3), save_at=(2, 4, 6))
+    (tmp_path / "checkpoints" / "last" / "model.safetensors").unlink()
+    (tmp_path / "checkpoints" / "last-00000004" / "state.json").unlink()
+    again = trainer_on(tmp_path, {}, keep=3)
+    assert again.resume() and again.step == 2 and len(notes(tmp_path)) == 2
+
+
 def test_as_many_checkpoints_as_asked_for_are_kept_newest_first(tmp_path: Path) -> None:
     trainer = trainer_on(tmp_path, {}, keep=3)
     run(trainer, save_at=(1, 2, 3, 5, 6))
@@ -182,6 +193,53 @@ def test_when_one_rank_is_told_to_stop_all_stop_after_the_same_step(tmp_path: Pa
     assert run_ranks(told, 2, tmp_path) == [(3, True), (3, True)]
 
 
+class StopAt(Stop):
+    """Is told to stop in the middle of a step: it is asked once in each."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.left = step
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "requested":
+            return super().__getattribute__(name)
+        self.left -= 1
+        return self.left == 0
+
+
+def trained(folder: Path, *, stop_at: int = 0, resume: bool = False) -> bool:
+    settings = {"steps": 6, "batch_size": 8, "evaluate_every": 2, "save_every": 4, "log_every": 1, "schedule": "constant"}
+    arguments = unflatten(RECIPES["linear_gaussian"], {"rows_in_all": 40, "samples": 2, "pseudo_inputs": 4, **settings})
+    where = Where(run=str(folder), resume=str(folder) if resume else None, data=folder.parent / "data", evaluate=False)
+    alone, console = Ranks(0, 0, 1), Console(quiet=True)
+    prepared = prepare("linear_gaussian", arguments, where, alone, console=console)
+    return train_prepared(prepared, where, alone, StopAt(stop_at), console=console)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "rows_per_second"} for line in lines]
+
+
+def test_a_run_stopped_where_an_evaluation_was_due_makes_it_up_and_logs_what_the_undisturbed_run_does(tmp_path: Path) -> None:
+    assert trained(tmp_path / "whole")
+    for stop_at in (2, 4):  # at 4 a save is due as well
+        folder = tmp_path / str(stop_at)
+        assert not trained(folder, stop_at=stop_at)
+        assert trained(folder, resume=True)
+        assert log_of(folder) == log_of(tmp_path / "whole")
+        best = (checkpoint.read(path / "checkpoints" / "best") for path in (folder, tmp_path / "whole"))
+        assert len({(saved.state["step"], saved.state["value"]) for saved in best}) == 1
+
+
+def test_several_processes_need_a_name_for_the_run_that_all_of_them_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for rank in range(2):
+        with pytest.raises(ValueError, match="2 processes share one run, .* add --run NAME"):
+            prepare("linear_gaussian", {}, Where(), Ranks(rank, rank, 2), console=Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- rows that cannot be read -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +273,8 @@ def test_damaged_rows_are_passed_over_and_known_to_all_ranks_and_to_the_resumed_
     assert first[0][1] == first[1][1] == rows
     rest, again = on_damaged_shards(0, 1, tmp_path / "parts", 12)
     assert again == rows and first[0][0] + rest == pytest.approx(losses, rel=1e-5)
-    assert sum("another row stands in for one that cannot be read" in note for note in notes(tmp_path / "whole" / "run")) == 2
+    for name in ("whole", "parts"):  # once each, however often the run was resumed
+        assert sum("another row stands in for one that cannot be read" in note for note in notes(tmp_path / name / "run")) == 2
 
 
 def test_a_row_that_cannot_be_read_does_not_keep_a_training_from_beginning(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The supervisor starts again what died, and only that; the launches are small fakes of a launcher and its ranks."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from meme_dist import record, supervise
+from meme_dist.leave import status_of
 from meme_dist.run import run_folder
 from meme_dist.supervise import JOURNAL, Attempt, Limits, Supervisor, folder_of, main, pause, progress, resuming, run_of, verdict
 
@@ -94,6 +96,18 @@ def left(run: Path) -> list[str]:
 )
 def test_what_became_of_a_launch(status: int, ranks: dict[int, int], stopped: bool, expected: str) -> None:
     assert verdict(Attempt(status, ranks, 1.0), stopped=stopped) == expected
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EEXIST])
+def test_what_only_a_person_can_put_right_is_not_tried_again(number: int) -> None:
+    assert status_of(OSError(number, os.strerror(number))) == 2
+    assert status_of(ValueError("a wrong flag")) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, None])
+def test_what_may_work_again_is_a_crash_and_tried_again(number: int | None) -> None:
+    error = OSError("storage was gone") if number is None else OSError(number, os.strerror(number))
+    assert verdict(Attempt(1, {0: status_of(error)}, 1.0), stopped=False) == "crash"
 
 
 def test_the_pause_doubles_up_to_the_longest() -> None:

@@ -10,6 +10,7 @@ of its own (`model-00002-of-00004.safetensors`). So a checkpoint of any number o
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -85,8 +86,10 @@ def commit(folder: Path, partial: Path, state: Mapping[str, Any], *, keep: int) 
         os.rename(folder, old)
     os.rename(partial, folder)
     _sync_folder(folder.parent)
-    for place, old in enumerate(older(folder)):
-        if place >= keep - 1 or _number(old, folder) >= int(state.get("step", 0)):  # a step that a run went back from is none to resume at
+    replaced = older(folder)
+    kept = [old for old in replaced if _number(old, folder) < int(state.get("step", 0))][: keep - 1]
+    for old in replaced:  # a step that a run went back from is none to resume at, and takes up no place
+        if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -185,6 +188,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise ValueError(f"{path}: checkpoint format {state['format']}, this version reads format {FORMAT}")
     return state
+
+
+def value_of(folder: Path) -> float:
+    """The "value" with which `Trainer.save_best` wrote a checkpoint; -inf where there is none, or none that can be read."""
+    try:
+        found = locate(folder)
+        return -math.inf if found is None else float(read_state(found)["value"])
+    except (ValueError, KeyError, OSError):
+        return -math.inf
 
 
 def locate(folder: Path) -> Path | None:
@@ -302,9 +314,13 @@ def check_tensors(came: Tensors, expected: Tensors, where: Path) -> None:
         raise ValueError(f"{where}: checkpoint of another model; {' | '.join(found)}. Build the model that it was saved from")
 
 
-def check_settings(came: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
-    """Raise ValueError that names every changed setting with both values (first few)."""
-    expected = json.loads(json.dumps(expected, default=str))  # as it comes back from a file: tuples are lists
+def check_settings(came: Mapping[str, Any], expected: Mapping[str, Any], where: Path, *, defaults: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError that names every changed setting with both values (first few).
+
+    A setting that there was not yet when the checkpoint was written counts as having had its default, where it has one.
+    """
+    expected, former = (json.loads(json.dumps(x, default=str)) for x in (expected, defaults or {}))  # as from a file: tuples are lists
+    came = {**{name: value for name, value in former.items() if name in expected}, **came}
     absent = "(absent)"
     names = [name for name in {**came, **expected} if came.get(name, absent) != expected.get(name, absent)]
     if names:

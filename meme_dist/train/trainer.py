@@ -59,7 +59,8 @@ class Trainer:
     The update is that of (sum of the loss over all rows of the step) / batch_size, for any number of ranks and micro batches, on every
     engine. Every rank runs the same lines; rank 0 writes the log. `folder` gets metrics.jsonl, TensorBoard's files and checkpoints/ (None:
     nothing is written). `configuration` is what else fixes the trajectory (a recipe's keywords): it must be equal on all ranks, and on
-    resuming. `stop` says when this process was told to stop: all ranks then do, after one step. `heart` is told where this rank is.
+    resuming, where a checkpoint older than a setting had what `defaults` says (as `configuration` does, the training's own under
+    "training.NAME"). `stop` says when this process was told to stop: all ranks then do, after one step. `heart` is told where this rank is.
 
     A few numbers (loss, gradient norm, whether to stop) are read from the device each step, so that nothing is updated from a value that is
     not finite; everything else is read on logged steps.
@@ -76,6 +77,7 @@ class Trainer:
         *,
         folder: Path | None = None,
         configuration: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         stop: Stop | None = None,
         heart: Heart | None = None,
     ):
@@ -83,9 +85,10 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.step = 0
         self.passed = 0  # steps of the stream that gave no update: skipped, or gone back over
+        self.evaluated = 0  # the step whose evaluation `save_best` heard of last
         self.stopping = False  # all ranks agree: one of them was told to stop
         self.heart, self._stop = heart or Heart(None), stop or Stop()
-        self.settings = trajectory(training, configuration)
+        self.settings, self._defaults = trajectory(training, configuration), trajectory(Training(), defaults)
         startup.check_launcher(startup.parent())
         strategy = requested()
         self.accelerator = startup.accelerator(self.folder)
@@ -98,7 +101,9 @@ class Trainer:
         startup.check_engine("modality" if training.members > 1 else strategy.name, self.engine, self.world)
         self._average = None if training.ema is None else Average(self.engine, training.ema)
         self._averaging = False
-        self._keeper = Keeper(self.engine, rank=self.rank, world=self.world, token=startup.token(self.gather), reduce=self.reduce)
+        token = startup.token(self.gather)
+        self._keeper = Keeper(self.engine, rank=self.rank, world=self.world, token=token, reduce=self.reduce, alive=self.heart.alive)
+        self._saved: tuple[Path, int, int] | None = None  # the save before: where, and of which step
         self._log = Log(self.folder, self.accelerator)
         self._logged = (0, time.perf_counter())  # step and time of the last log
         self._spikes = SpikeDetector()
@@ -238,12 +243,13 @@ class Trainer:
         """Take weights, moments and averages from the last good checkpoint, and pass over the rows seen since; False if that is spent."""
         if self.folder is None or self._gone_back >= self.training.rollbacks:
             return False
-        found, _ = self._keeper.find(self._checkpoint_folder(None, "last"))
-        if found is None:
-            return False
-        self.engine.discard()
-        seen, gone_back, here = self.step + self.passed + 1, self._gone_back + 1, self.step
-        self._restore(found, checkpoint.read(found))
+        with self.heart.resting():  # a large checkpoint on slow storage is read for minutes
+            found, _ = self._keeper.find(self._checkpoint_folder(None, "last"))
+            if found is None:
+                return False
+            self.engine.discard()
+            seen, gone_back, here = self.step + self.passed + 1, self._gone_back + 1, self.step
+            self._restore(found, checkpoint.read(found))
         self.passed, self._gone_back, self._skipped = seen - self.step, gone_back, 0
         self._log.rewind(self.step)
         self._log.note(self.step, f"went back from step {here} to {self.step}: {why}")
@@ -295,24 +301,31 @@ class Trainer:
         """Write a checkpoint to `folder` (default: checkpoints/last of the run's folder), each rank its share. Collective.
 
         Without `wait` it returns as soon as everything is copied, and the files are written meanwhile; `settle` (or the next save) says
-        how that ended. Raises OSError on all ranks where a disk is full; the checkpoint before it is then intact.
+        how that ended. A step just saved is not saved again. Raises OSError on all ranks where a disk is full; the one before is intact.
         """
-        self._write(self._checkpoint_folder(folder, "last"), {}, wait=wait, keep=self.training.keep)
+        what = (self._checkpoint_folder(folder, "last"), self.step, self.passed)
+        if what != self._saved:
+            self._write(what[0], {}, wait=False, keep=self.training.keep)
+            self._saved = what
+        if wait:
+            self.settle()
 
     def save_best(self, value: float, folder: Path | None = None, *, wait: bool = True) -> bool:
         """Write checkpoints/best if `value` (higher is better, equal on all ranks) beats the one it was written with. Collective."""
         folder = self._checkpoint_folder(folder, "best")
         self.settle()
-        found = checkpoint.locate(folder) if self.is_main else None
-        better = math.isfinite(value) and (found is None or value > checkpoint.read_state(found)["value"])
-        better = bool(self.reduce(torch.tensor(float(better and self.is_main))).item())
+        self.evaluated = self.step
+        better = self.is_main and math.isfinite(value) and value > checkpoint.value_of(folder)
+        better = bool(self.reduce(torch.tensor(float(better))).item())
         if better:
             self._write(folder, {"value": value}, wait=wait, keep=1)
         return better
 
     def settle(self) -> None:
         """Wait for a save that is under way. Collective; raises OSError on all ranks where it failed."""
+        saved, self._saved = self._saved, None  # it stays so where the save failed
         self._keeper.wait()
+        self._saved = saved
 
     def resume(self, folder: Path | None = None) -> bool:
         """Continue exactly where a checkpoint was written; False where there is none (the run then starts from the beginning).
@@ -321,11 +334,6 @@ class Trainer:
         checkpoints that are all damaged, another model, changed settings or another stream.
         """
         folder = self._checkpoint_folder(folder, "last")
-        seen = self.reduce(torch.tensor(float(checkpoint.locate(folder) is not None))).item()
-        if seen not in (0, self.world):
-            raise ValueError(
-                f"{folder}: {seen:.0f} of {self.world} ranks see a checkpoint here; it must be on storage that all of them share"
-            )
         found, problems = self._keeper.find(folder)
         if found is not None:
             self._restore(found, checkpoint.read(found))
@@ -350,7 +358,8 @@ class Trainer:
         random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}  # one row a rank
         stream = {**self.stream.state_dict(), "step": self.step + self.passed}  # what was consumed, however far a loader has read ahead
         counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back, "spikes": self._spikes.state_dict()}
-        state = {"step": self.step, "settings": self.settings, "stream": stream, "world": self.world, **counts, **extra}
+        state = {"step": self.step, "evaluated": self.evaluated, "settings": self.settings, "stream": stream, "world": self.world}
+        state |= {**counts, **extra}
         self._keeper.save(folder, state, average=self._average, random=random, keep=keep)
         if wait:
             self.settle()
@@ -371,11 +380,13 @@ class Trainer:
 
     def _restore(self, folder: Path, saved: checkpoint.Checkpoint) -> None:
         state = saved.state
-        checkpoint.check_settings(state["settings"], self.settings, folder)
+        checkpoint.check_settings(state["settings"], self.settings, folder, defaults=self._defaults)
         checkpoint.check_tensors(saved.tensors["model"], self.engine.layout.state, folder / "model.safetensors")
         self.stream.load_state_dict(state["stream"])
+        self._told = len(state["stream"].get("damaged", []))  # the log has those
         self._keeper.restore(folder, saved, self._average)
         self.step, self.passed = int(state["step"]), int(state.get("passed", 0))
+        self.evaluated = int(state.get("evaluated", self.step))
         self._skipped, self._gone_back = int(state.get("skipped", 0)), int(state.get("gone_back", 0))
         self._spikes.load_state_dict(state.get("spikes", SpikeDetector().state_dict()))
         if state["world"] == self.world:

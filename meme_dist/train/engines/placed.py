@@ -93,6 +93,9 @@ class Placed(TorchEngine):
         state = {key: x.clone() if key == "step" else x.to(self._device, copy=True) for key, x in moments.items()}
         self.optimizer.state[parameter] = state
 
+    def broadcast_buffers(self) -> None:
+        """Nothing: there are constants alone, each with the member that holds its modality, and ranks have different ones."""
+
     def evaluated(self, parts: Mapping[str, Tensor] | None) -> AbstractContextManager[nn.Module]:
         live = {name: self.part(name) for name in self.names()} if parts is None else parts
         return self._replica.filled((name, self.whole(name, part)) for name, part in live.items())

@@ -21,12 +21,17 @@ class Replica:
 
     @contextmanager
     def filled(self, values: Iterable[tuple[str, Tensor]]) -> Iterator[nn.Module]:
-        """Within it, the module with these whole parameters and the live module's buffers and mode."""
+        """Within it, the module with these whole parameters and the live module's mode and buffers, of modalities that this rank holds.
+
+        Those that it gave up (modality parallelism) have constants alone, which the copy has kept.
+        """
         mine = dict(self._module.named_parameters())
         for name, value in values:
             mine[name].data = value.detach()
-        for buffer, live in zip(self._module.buffers(), self._live.buffers(), strict=True):
-            buffer.data = live.detach().clone()
+        live = dict(self._live.named_buffers())
+        for name, buffer in self._module.named_buffers():
+            if name in live:
+                buffer.data = live[name].detach().clone()
         self._module.train(self._live.training)
         try:
             yield self._module

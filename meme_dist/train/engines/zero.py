@@ -102,6 +102,7 @@ class Zero(Engine):
         if self.stage < 3:
             return part
         like = self.layout.state[name]
+        part = part.to(self.wrapped.device)  # offloaded, it lies in host memory, from which NCCL sends nothing
         parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, part.contiguous())
         return torch.cat(parts)[: like.numel()].view(like.shape)
@@ -219,7 +220,8 @@ def _deepspeed(device: torch.device) -> Any:
         import deepspeed.ops
     except ImportError as error:
         raise ImportError(
-            f"the launch configuration asks for DeepSpeed, which cannot be imported ({error}); pip install 'meme-dist[deepspeed]'"
+            f"the launch configuration asks for DeepSpeed, which cannot be imported ({error}); "
+            "pip install -e '.[deepspeed]' in the project's folder"
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # torch 2.13's, of DeepSpeed's calls
