@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -66,10 +67,11 @@ def assess(
     place: Place,
     console: Console,
     split: str = "test",
+    how: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Measure what the recipe asks for. Collective; rank 0 writes results.json, the figures and report.md, and prints the table.
 
-    `split`: whose rows count as the test rows.
+    `split`: whose rows count as the test rows. `how`: what else is not as usual (`report.USUAL`), for results.json and the report.
     """
     seed = recipe.measures.seed
     with stage("measuring", console=console, visible=place.rank == 0):
@@ -87,7 +89,7 @@ def assess(
         )
     if place.rank != 0:
         return
-    results = {"step": step, "split": split, **measured.results}
+    results = {"step": step, "split": split, **how, **measured.results}
     write_json(folder / RESULTS, results)
     with stage("drawing figures", console=console, visible=True):
         rows = next(iter(evaluation(manifest, split, Place(), seed=seed)))
@@ -106,6 +108,7 @@ def assess_stored(
     processes: Processes = ALONE,
     console: Console,
     split: str = "test",
+    how: Mapping[str, str] = MappingProxyType({}),
     correlation: int | None = None,
     information: int | None = None,
 ) -> None:
@@ -123,4 +126,4 @@ def assess_stored(
                 classifiers = classifiers_of(recipe, judges or stored.manifest, cache, console=console, visible=turn)
     place = Place(processes.rank, processes.world, processes.reduce)
     objective, _, manifest, folder, step = stored
-    assess(objective, recipe, manifest, folder, classifiers, step=step, place=place, console=console, split=split)
+    assess(objective, recipe, manifest, folder, classifiers, step=step, place=place, console=console, split=split, how=how)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from meme_dist import __version__
 from meme_dist.data_commands import doctor, recipes, shards
-from meme_dist.flags import PROGRAM, chosen, recipe_flags, value_of
+from meme_dist.flags import PROGRAM, chosen, recipe_flags, recipe_named, value_of
 from meme_dist.leave import status_of
 from meme_dist.run_commands import evaluate, export, generate, impute
 
@@ -38,7 +38,7 @@ Multimodal VAEs by mutual supervision: train on rows with missing modalities, ge
   doctor                is this machine fit to train?
 
 `{PROGRAM} COMMAND --help` explains a command, `{PROGRAM} train RECIPE --help` lists every setting of a recipe.
-Your own data: write shards (README), then {PROGRAM} train auto --shards FOLDER.
+Your own data: write shards (README), then {PROGRAM} train auto --shards FOLDER. Your own networks: FILE.py:FUNCTION is a recipe too.
 Several processes: accelerate launch ... -m meme_dist train RECIPE ... (launch/README.md)."""
 
 
@@ -153,7 +153,7 @@ def _recipe_and_defaults(words: list[str]) -> tuple[str, Mapping[str, Any]]:
     from meme_dist.run import run_folder
     from meme_dist.stored import arguments_of
 
-    given = None if words[0].startswith("-") else chosen(words[0], list(RECIPES), "recipe", f"{PROGRAM} recipes")
+    given = None if words[0].startswith("-") else recipe_named(words[0])
     earlier = value_of("--resume", words) or value_of("--like", words)
     if earlier is None:
         if given is None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from meme_dist.flags import PROGRAM, STYLE, chosen, parsed, recipe_flags
+from meme_dist.flags import PROGRAM, STYLE, chosen, parsed, recipe_flags, recipe_named
 
 
 def shards(words: list[str]) -> int:
@@ -41,12 +41,12 @@ def _write_shards(words: list[str], usage: str) -> int:
         print(usage)
         return 0 if words and words[0] in ("-h", "--help") else 2
     from meme_dist.data.shards import write_shards
-    from meme_dist.recipes import RECIPES
+    from meme_dist.recipes.named import recipe_of
     from meme_dist.run import WriteTo, described
 
-    name = chosen(words[0], list(RECIPES), "recipe", f"{PROGRAM} recipes")
+    name = recipe_named(words[0])
     to, arguments = recipe_flags(name, {}, words[1:], WriteTo, f"{PROGRAM} shards write {name}")
-    recipe = RECIPES[name](**arguments)
+    recipe = recipe_of(name)(**arguments)
     if recipe.dataset is None:
         raise ValueError(f"recipe {name!r} reads shards that exist; there is nothing to write")
     manifest = write_shards(recipe.dataset, to.out, rows_per_shard=to.rows_per_shard)

@@ -23,6 +23,14 @@ def chosen(word: str, known: Sequence[str], what: str, where: str) -> str:
     raise ValueError(f"unknown {what} {word!r}{hint} (there are {', '.join(known)}; see {where})")
 
 
+def recipe_named(word: str) -> str:
+    """The recipe that a word names: one of the table, or FILE.py:FUNCTION, with the file's whole path. Raises ValueError as `chosen`."""
+    from meme_dist.recipes import RECIPES
+    from meme_dist.recipes.named import is_own, whole
+
+    return whole(word) if is_own(word) else chosen(word, list(RECIPES), "recipe", f"{PROGRAM} recipes")
+
+
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What a flag is given among the words, `--flag VALUE` or `--flag=VALUE`."""
     for place, word in enumerate(words):
@@ -35,10 +43,10 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 
 def recipe_flags(name: str, known: Mapping[str, Any], words: Sequence[str], options: type[T], program: str) -> tuple[T, dict[str, Any]]:
     """Parse a command's own options and a recipe's keywords from one flat list of flags; `known` replaces the recipe's defaults."""
-    from meme_dist.recipes import RECIPES
     from meme_dist.recipes.keywords import with_defaults
+    from meme_dist.recipes.named import recipe_of
 
-    recipe = with_defaults(RECIPES[name], **known)
+    recipe = with_defaults(recipe_of(name), **known)
 
     @functools.wraps(recipe)
     def keywords(**given: Any) -> dict[str, Any]:

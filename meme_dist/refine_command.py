@@ -21,7 +21,7 @@ from meme_dist.run_commands import find, together
 from meme_dist.tables import estimate, table
 from meme_dist.types import Batch, Sums
 
-ROWS = 256  # of a batch
+ROWS = 256  # of a batch, and measured by default
 WHEN = ("before", "after", "gain")
 
 
@@ -35,7 +35,7 @@ def main(words: list[str]) -> int:
         budget: int = 200,
         leapfrogs: int = 5,
         temper: dict[str, float] | None = None,
-        rows: int = 256,
+        rows: int = ROWS,
         shards: str | None = None,
         out: Path | None = None,
         seed: int = 0,
@@ -72,7 +72,7 @@ def main(words: list[str]) -> int:
             if processes.is_main:
                 settings = {"kernel": kernel, "budget": budget, "leapfrogs": leapfrogs, "temper": temper or {}, "rows": rows, "seed": seed}
                 told = {"checkpoint": checkpoint, "step": stored.step, "settings": settings, "refinement": entries}
-                write_json(stored.folder / _file(kernel, budget, leapfrogs, temper or {}, checkpoint), told)
+                write_json(stored.folder / _file(settings, checkpoint), told)
                 print(shown(entries))
             if shards is not None and out is not None:
                 model = Refining(stored.objective, kernel=chosen, budget=budget, temper=temper or {})
@@ -87,10 +87,12 @@ def main(words: list[str]) -> int:
     return parsed(command, words, "refine")
 
 
-def _file(kernel: str, budget: int, leapfrogs: int, temper: Mapping[str, float], checkpoint: str) -> str:
+def _file(settings: Mapping[str, Any], checkpoint: str) -> str:
     """A name of its own for whatever changes the figures."""
-    parts = ["refined", f"hmc{leapfrogs}" if kernel == "hmc" else kernel, str(budget)]
-    parts += [f"{name}={value:g}" for name, value in sorted(temper.items())]
+    kernel = settings["kernel"]
+    parts = ["refined", f"hmc{settings['leapfrogs']}" if kernel == "hmc" else kernel, str(settings["budget"])]
+    parts += [f"{name}={value:g}" for name, value in sorted(settings["temper"].items())]
+    parts += [f"{name}{settings[name]}" for name, usual in (("rows", ROWS), ("seed", 0)) if settings[name] != usual]
     return "-".join([*parts, *([] if checkpoint == "last" else [checkpoint])]) + ".json"
 
 

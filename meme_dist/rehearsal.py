@@ -7,7 +7,7 @@ from rich.console import Console
 
 from meme_dist.data.prefetch import moved
 from meme_dist.data.stream import Evaluation
-from meme_dist.recipes import RECIPES
+from meme_dist.recipes.named import recipe_of
 from meme_dist.run import Ranks, Where, initial_objective, shards_of
 from meme_dist.train import plan
 from meme_dist.train.counting import count
@@ -21,7 +21,7 @@ def rehearse(name: str, arguments: Mapping[str, Any], where: Where, processes: i
 
     Shards are written where they are not there yet; no run folder is made. Raises ValueError where the batch does not divide.
     """
-    recipe = RECIPES[name](**arguments)
+    recipe = recipe_of(name)(**arguments)
     training = recipe.training
     check_batch(training, processes)
     manifest = shards_of(recipe, where.data, Ranks(0, 0, 1), console=console)

@@ -29,6 +29,7 @@ from meme_dist.types import Batch
 RUN, LOG, RESULTS, FIGURES, REPORT = "run.json", "metrics.jsonl", "results.json", "figures", "report.md"
 COLUMNS = 10  # of a grid
 POINTS = 400  # of a modality in the latent map
+USUAL = {"split": "test", "checkpoint": "last", "pool": "own", "prior": "own", "judge": None}  # as the end of a training is measured
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def illustrate(
     measured: Measured,
     seed: int = 0,
 ) -> None:
-    """Draw every figure that the model, one batch of test rows, the measurements and the folder's log give rise to."""
+    """Draw every figure that the model, one batch of the rows measured, the measurements and the folder's log give rise to."""
     place = folder / FIGURES
     _draw_grids(place, objective, batch, fields, seed)
     if measured.latents is not None:
@@ -160,7 +161,8 @@ def _summary(run: Mapping[str, Any], results: Mapping[str, Any], log: Sequence[M
         last = trained[-1]
         said.append(f"trained to step {last['step']:,.0f}, where the loss was {last['loss']:.1f} a row")
     if "step" in results:
-        said.append(f"evaluated at step {results['step']:,}")
+        how = [f"{name} `{results[name]}`" for name, usual in USUAL.items() if results.get(name, usual) != usual]
+        said.append(f"evaluated at step {results['step']:,}" + (f" ({', '.join(how)})" if how else ""))
     cross = [entry["value"] for entry in results.get("cross_coherence", []) if entry["value"] is not None]
     if cross:
         said.append(f"cross coherence {min(cross):.3f} to {max(cross):.3f}")
@@ -185,11 +187,11 @@ def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
 
 
 CAPTIONS = {
-    "cross_generation": "Each block starts from real test data (first line); below, what the model makes of each column, one sample.",
+    "cross_generation": "Each block starts from real data (first line); below, what the model makes of each column, one sample.",
     "joint_generation": "Each column is one draw from the prior, decoded into every modality.",
-    "imputation": "Test rows with missing modalities, one a column; what the model filled in stands on colour.",
+    "imputation": "Rows with missing modalities, one a column; what the model filled in stands on colour.",
     "coherence_by_inputs": "Cross coherence against the number of modalities that the model starts from; dashed: the best there can be.",
-    "coherence": "Coherence over steps, measured during training on part of the test rows.",
+    "coherence": "Coherence over steps, measured during training on part of the held-out rows.",
     "loss": "The loss and its terms over steps, means a row, in nats.",
     "latent_map": "Posterior means of single modalities. Modalities that mean the same should lie together, apart from other classes.",
     "relatedness": "Distances between posteriors across modalities; class matrix and dendrogram show which classes the model holds close.",

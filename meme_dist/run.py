@@ -36,9 +36,9 @@ from meme_dist.metrics.coherence import cross_coherence, source_sets
 from meme_dist.metrics.rows import Metric
 from meme_dist.objectives.base import Objective
 from meme_dist.progress import shown, stage
-from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import defaults, flatten
+from meme_dist.recipes.named import recipe_of, short
 from meme_dist.train.heartbeat import Heart
 from meme_dist.train.signals import Stop
 from meme_dist.train.trainer import Trainer
@@ -180,10 +180,10 @@ def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Rank
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
     if where.resume is not None:
-        record.check_unchanged(folder, record.load(folder), name, keywords, defaults(RECIPES[name]))
+        record.check_unchanged(folder, record.load(folder), name, keywords, defaults(recipe_of(name)))
     elif started.rank == 0 and folder.exists():  # before an hour of writing shards
         raise ValueError(record.taken(folder))
-    recipe = RECIPES[name](**arguments)
+    recipe = recipe_of(name)(**arguments)
     manifest = shards_of(recipe, where.data, started, console=console)
     if where.resume is None and started.rank == 0:
         record.create(folder, record.describe(name, keywords, manifest.address, world=started.world))
@@ -235,7 +235,7 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, s
         damaged=training.damaged,
     )
     own = {name: value for name, value in prepared.keywords.items() if name not in {*vars(training), *record.PLACES}}
-    known = {f"training.{name}" if name in vars(training) else name: value for name, value in defaults(RECIPES[prepared.name]).items()}
+    known = {f"training.{name}" if name in vars(training) else name: value for name, value in defaults(recipe_of(prepared.name)).items()}
     return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, defaults=known, stop=stop, heart=heart)
 
 
@@ -318,7 +318,7 @@ def _folder(name: str, where: Where, world: int) -> Path:
         return run_folder(where.run)
     if world > 1:  # each would name it by its own clock, and write its share of a checkpoint into a folder of its own
         raise ValueError(f"train: {world} processes share one run, which needs a name that all of them know; add --run NAME")
-    return RUNS / f"{name.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RUNS / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _wait_for(file: Path) -> None:

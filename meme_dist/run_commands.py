@@ -42,6 +42,7 @@ def evaluate(words: list[str]) -> int:
             information: Rows of the mutual-information scores, 2000 say; by default the recipe's, 0 for none.
         """
         from meme_dist.assess import assess_stored
+        from meme_dist.report import USUAL
         from meme_dist.stored import on_split, pooled
 
         def work(processes: Any) -> None:
@@ -54,11 +55,13 @@ def evaluate(words: list[str]) -> int:
                 stored = pooled(stored, pool, processes)
             stored = _with_prior(stored, prior, checkpoint, processes)
             stored = on_split(stored, split, processes)
+            how = {"checkpoint": checkpoint, "pool": pool, "prior": prior, "judge": judge}
             assess_stored(
                 stored,
                 data / "classifiers",
                 seed=seed,
                 judges=judges,
+                how={name: value for name, value in how.items() if value is not None and value != USUAL[name]},
                 processes=processes,
                 console=console,
                 split=split,

@@ -11,9 +11,9 @@ from meme_dist.data.index import Manifest
 from meme_dist.objectives.base import Objective
 from meme_dist.pooled import Pool, Pooled
 from meme_dist.ranks import ALONE, Processes
-from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import unflatten
+from meme_dist.recipes.named import recipe_of
 from meme_dist.train.checkpoint import load_weights
 
 
@@ -28,11 +28,12 @@ class Stored(NamedTuple):
 
 
 def arguments_of(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The recipe's name and its keywords, as a run's run.json has them. Raises ValueError for a recipe that this version has not."""
+    """The recipe's name and its keywords, as a run's run.json has them. Raises ValueError for a recipe that is not there."""
     saved = record.load(folder)
-    if saved.recipe not in RECIPES:
-        raise ValueError(f"{folder}: recipe {saved.recipe!r} is not known here; this version has {', '.join(RECIPES)}")
-    return saved.recipe, unflatten(RECIPES[saved.recipe], saved.keywords)
+    try:
+        return saved.recipe, unflatten(recipe_of(saved.recipe), saved.keywords)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None = None) -> Stored:
@@ -41,7 +42,7 @@ def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None 
     Raises ValueError where there is no such run or checkpoint, where the shards have gone, or where the weights are another model's.
     """
     name, arguments = arguments_of(folder)
-    recipe = RECIPES[name](**arguments)
+    recipe = recipe_of(name)(**arguments)
     manifest = Manifest.load(record.load(folder).shards)
     torch.manual_seed(recipe.training.seed)
     objective = recipe.build(manifest)

@@ -43,8 +43,9 @@ def _cross_table(results: Mapping[str, Any]) -> str:
     lines = [[" + ".join(chosen), *(cells.get((chosen, t), "") for t in targets)] for chosen in dict.fromkeys(s for s, _ in cells)]
     ceiling = [["*real data (ceiling)*", *(estimate(real[t]) if t in real else "" for t in targets)]]
     return (
-        "## Cross coherence\n\nShare of test rows in which the generated modality shows the row's class, as a classifier of real data sees "
-        "it. The last line is that classifier on real test data.\n\n" + table(["from", *(f"to {t}" for t in targets)], lines + ceiling)
+        f"## Cross coherence\n\nShare of {_rows(results)} in which the generated modality shows the row's class, as a classifier of real "
+        "data sees it. The last line is that classifier on the real data of those rows.\n\n"
+        + table(["from", *(f"to {t}" for t in targets)], lines + ceiling)
     )
 
 
@@ -59,7 +60,7 @@ def _joint_table(results: Mapping[str, Any]) -> str:
 
 def _latent_table(results: Mapping[str, Any]) -> str:
     lines = [[" + ".join(entry["sources"]), estimate(entry)] for entry in results["latent_accuracy"]]
-    said = "Accuracy of a linear classifier on samples of the posteriors of test rows."
+    said = f"Accuracy of a linear classifier on samples of the posteriors of {_rows(results)}."
     return f"## Latent accuracy\n\n{said}\n\n" + table(["posterior of", "accuracy"], lines)
 
 
@@ -80,7 +81,7 @@ def _likelihood_table(results: Mapping[str, Any]) -> str:
         key = (" + ".join(entry["targets"]), " + ".join(entry["given"]) or "–")
         cells.setdefault(key, {})[entry["samples"]] = estimate(entry, digits=1)
     lines = [[*key, *(found.get(num, "") for num in samples)] for key, found in cells.items()]
-    said = "Lower bounds of the log-likelihood of test rows, nats a row, importance-weighted with K samples (higher is better)."
+    said = f"Lower bounds of the log-likelihood of {_rows(results)}, nats a row, importance-weighted with K samples (higher is better)."
     return f"## Log-likelihood\n\n{said}\n\n" + table(["of", "given", *(f"K = {num}" for num in samples)], lines)
 
 
@@ -115,8 +116,8 @@ def _frechet_table(results: Mapping[str, Any]) -> str:
     origins = dict.fromkeys(_origin(entry) for entry in sorted(entries, key=lambda entry: ORIGINS.index(entry["from"])))
     lines = [[origin, *(cells.get((origin, target), "") for target in targets)] for origin in origins]
     said = (
-        "Distance of what is made from real test data in the features of a classifier, and how many rows were made; lower is better. Too "
-        "large by an amount that falls as one over the number of rows, which the two halves of the real rows show; the interval, over "
+        f"Distance of what is made from {_rows(results)} in the features of a classifier, and how many rows were made; lower is better. "
+        "Too large by an amount that falls as one over the number of rows, which the two halves of the real rows show; the interval, over "
         "rows, is around the value with that amount in it."
     )
     return f"## Frechet distance\n\n{said}\n\n" + table(["made from", *targets], lines)
@@ -143,8 +144,8 @@ def _imputation_table(results: Mapping[str, Any]) -> str:
         covered = [estimate(entry["coverage"][level]) if "coverage" in entry else "" for level in levels]
         lines.append([observed, entry["target"], *measured, *covered])
     said = (
-        "Modalities of test rows filled in from others. Error of the point estimate over all elements, log-likelihood a row, and the share "
-        "of values that central predictive intervals of each level hold: a calibrated model's share is the level."
+        f"Modalities of {_rows(results)} filled in from others. Error of the point estimate over all elements, log-likelihood a row, and "
+        "the share of values that central predictive intervals of each level hold: a calibrated model's share is the level."
     )
     return f"## Imputation\n\n{said}\n\n" + table(["observed", "filled in", *shown.values(), *levels], lines)
 
@@ -156,8 +157,8 @@ def _correlation_table(results: Mapping[str, Any]) -> str:
         made = [estimate(entry[name]) for name in ("real", f"{a}>{b}", f"{b}>{a}", "prior")]
         lines.append([f"{a} and {b}", entry["embedding"], *made])
     said = (
-        "Mean correlation of pairs of test rows under canonical correlation analysis of the training rows: real pairs, and pairs of which "
-        "the second, the first or both sides are generated."
+        f"Mean correlation of pairs of {_rows(results)} under canonical correlation analysis of the training rows: real pairs, and pairs "
+        "of which the second, the first or both sides are generated."
     )
     header = ["modalities", "embedding", "real", "second from first", "first from second", "from the prior"]
     return f"## Correlation\n\n{said}\n\n" + table(header, lines)
@@ -171,6 +172,10 @@ def _information_table(results: Mapping[str, Any]) -> str:
     lines = [[origin, *(cells.get((origin, target), "") for target in targets)] for origin in dict.fromkeys(o for o, _, _ in made)]
     said = "What a label of generated data would tell about a classifier's weights, nats: the lower, the more they look like real data."
     return f"## Mutual information\n\n{said}\n\n" + table(["made from", *targets], lines)
+
+
+def _rows(results: Mapping[str, Any]) -> str:
+    return f"{results.get('split', 'test')} rows"
 
 
 def estimate(entry: Mapping[str, Any], *, digits: int = 3) -> str:

@@ -30,16 +30,17 @@ def main(words: list[str]) -> int:
     keywords = told["keywords"][folder.name]
     pool = f"pooled-{rest[rest.index('--pool') + 1]}" if "--pool" in rest else ""
     place = folder / pool / (f"on-{rest[rest.index('--split') + 1]}" if "--split" in rest else "")
-    if command == "train" and not train(folder, keywords, told["shards"], resume="--resume" in rest):
+    if command == "train" and not train(folder, keywords, told, resume="--resume" in rest):
         return STOPPED
     if command == "evaluate" or "--no-evaluate" not in rest:
         place.mkdir(parents=True, exist_ok=True)
-        measure(place, keywords, better=0.05 if pool else 0.0)
+        by = {"judge": rest[rest.index("--judge") + 1]} if judge else {}
+        measure(place, keywords, better=0.05 if pool else 0.0, by=by)
         (place / "run.json").write_text((folder / "run.json").read_text())
     return 0
 
 
-def train(folder: Path, keywords: dict, shards: str, *, resume: bool) -> bool:
+def train(folder: Path, keywords: dict, told: dict, *, resume: bool) -> bool:
     """Count to `steps`, remembering how far; False where SIGTERM came before."""
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -47,7 +48,7 @@ def train(folder: Path, keywords: dict, shards: str, *, resume: bool) -> bool:
     if not resume:
         state.parent.mkdir(parents=True)
         (folder / "run.json").write_text(
-            json.dumps({"recipe": "linear_gaussian", "keywords": keywords, "shards": shards, "command": [], "format": 1})
+            json.dumps({"recipe": told["recipe"], "keywords": keywords, "shards": told["shards"], "command": [], "format": 1})
         )
     done = json.loads(state.read_text())["step"] if state.is_file() else 0
     for step in range(done + 1, keywords["steps"] + 1):
@@ -64,7 +65,7 @@ def train(folder: Path, keywords: dict, shards: str, *, resume: bool) -> bool:
     return True
 
 
-def measure(folder: Path, keywords: dict, *, better: float) -> None:
+def measure(folder: Path, keywords: dict, *, better: float, by: dict) -> None:
     """Numbers that are a function of the keywords: better with more samples, different by seed, worse with missing entries."""
     value = better + 0.5 + 0.01 * keywords["samples"] + 0.03 * (keywords["seed"] * 7 % 5) - 0.2 * keywords["missing"]
     single = [
@@ -77,7 +78,7 @@ def measure(folder: Path, keywords: dict, *, better: float) -> None:
         for n in (1, 2)
     ]
     results = {"step": keywords["steps"], "cross_coherence": single, "log_likelihood": [likelihood], "coherence_by_inputs": by_inputs}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results | by))
     (folder / "report.md").write_text("measured\n")
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from meme_dist import refine_command
 from meme_dist.cli import main
 from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
 from meme_dist.data.shards import Dataset, Row, write_shards
 from meme_dist.data.stream import Evaluation
 from meme_dist.doctor import examine
+from meme_dist.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -108,6 +110,23 @@ def test_evaluating_twice_gives_the_same_results(home: Path) -> None:
     assert json.loads((home / "runs/first/results.json").read_text()) == first
 
 
+def test_results_and_report_of_an_unusual_evaluation_say_what_is_unusual(home: Path) -> None:
+    shutil.copytree("runs/first", "runs/asked")
+    assert main(["evaluate", "asked", "--checkpoint", "best", "--judge", "first", "--pool", "mixture"]) == 0
+    results = json.loads(Path("runs/asked/pooled-mixture/results.json").read_text())
+    assert {name: results.get(name) for name in ("checkpoint", "pool", "prior", "judge")} == {
+        **{"checkpoint": "best", "pool": "mixture", "prior": None, "judge": "first"}
+    }
+    assert "(checkpoint `best`, pool `mixture`, judge `first`)" in Path("runs/asked/pooled-mixture/report.md").read_text()
+
+
+def test_whatever_changes_the_figures_has_a_file_of_its_own() -> None:
+    usual = {"kernel": "hmc", "budget": 20, "leapfrogs": 5, "temper": {}, "rows": 256, "seed": 0}
+    changed = [{}, {"kernel": "mala"}, {"budget": 21}, {"leapfrogs": 6}, {"temper": {"rows": 0.5}}, {"rows": 1000}, {"seed": 3}]
+    names = [refine_command._file(usual | change, "last") for change in changed] + [refine_command._file(usual, "best")]
+    assert len(set(names)) == len(names) and names[0] == "refined-hmc5-20.json" and names[5] == "refined-hmc5-20-rows1000.json"
+
+
 def test_generated_rows_do_not_depend_on_how_many_there_are(home: Path) -> None:
     assert main(["generate", "first", "--num", "5", "--out", "five"]) == 0
     assert main(["generate", "first", "--num", "9", "--out", "nine"]) == 0
@@ -141,13 +160,23 @@ def test_resuming_a_finished_run_changes_no_weight(home: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(home: Path) -> None:
+def test_an_interrupted_run_continues_to_the_same_weights(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """More steps of a constant schedule are the one thing that a resumed run may ask for."""
     assert main(["train", *LINEAR, *QUIET, "--steps", "6", "--run", "whole_way"]) == 0
     assert main(["train", *LINEAR, *QUIET, "--steps", "3", "--run", "half_way"]) == 0
     assert main(["train", "--resume", "half_way", "--steps", "6", "--no-evaluate"]) == 0
     one, two = (load_file(f"runs/{run}/checkpoints/last/model.safetensors") for run in ("whole_way", "half_way"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    before = digest(home / "runs" / "half_way" / "checkpoints")
+    assert main(["train", "--resume", "half_way", "--steps", "4", "--no-evaluate"]) == 2  # and no less than it has
+    assert "half_way: was trained for 6 steps, more than the 4 it is asked for; give --steps 6 or more" in said(capsys)
+    assert digest(home / "runs" / "half_way" / "checkpoints") == before
+
+
+def test_resuming_one_run_under_the_name_of_another_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "first", "--run", "other", "--no-evaluate"]) == 2
+    assert "--resume goes on in runs/first, got --run other with it" in said(capsys) and not Path("runs/other").exists()
+    assert main(["train", "--resume", "first", "--run", "runs/first", "--no-evaluate"]) == 0
 
 
 def test_a_new_run_takes_the_settings_of_an_old_one(home: Path) -> None:
@@ -269,6 +298,10 @@ def test_a_run_older_than_a_keyword_had_its_default(home: Path, capsys: pytest.C
     record = json.loads(Path("runs/older/run.json").read_text())
     assert record["keywords"].pop("shared") is True
     Path("runs/older/run.json").write_text(json.dumps(record))
+    for path in Path("runs/older/checkpoints").glob("last*/state.json"):
+        state = json.loads(path.read_text())
+        assert state["settings"].pop("shared") is True and state.pop("digest")
+        path.write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
     assert main(["train", "--resume", "older", "--no-shared", "--no-evaluate"]) == 2
     assert "--shared: True in the run, False now" in said(capsys)
     assert main(["train", "--resume", "older", "--no-evaluate"]) == 0

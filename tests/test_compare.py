@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from meme_dist import cli
 from meme_dist.compare import cells, command, tabulation
 from meme_dist.compare.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
 from meme_dist.compare.report import write_report
-from meme_dist.compare.running import Runner, Running, orphans_of, surroundings
+from meme_dist.compare.running import Runner, Running, Task, orphans_of, surroundings
 from meme_dist.compare.tabulation import Run, best, direction, main_measurements, tabulated
 from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.data.shards import write_shards
@@ -32,19 +33,21 @@ from meme_dist.run import WriteTo
 from tests.ranks import forkserver
 
 QUIET = Console(quiet=True)
-TINY = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--rows-in-all", "40", "--batch-size", "8", "--pseudo-inputs", "4"]
+SMALL = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--batch-size", "8", "--pseudo-inputs", "4"]
+TINY = [*SMALL, "--rows-in-all", "40"]
 PRETENDED = Path(__file__).with_name("pretended.py")
 
 
-def asked(words: list[str], options: type = command.Comparison) -> tuple[Any, dict[str, Any]]:
+def asked(words: list[str], options: type = command.Comparison, recipe: str = "linear_gaussian") -> tuple[Any, dict[str, Any]]:
     """As the command line parses it."""
-    return recipe_flags("linear_gaussian", {}, words, options, "meme-dist compare linear_gaussian")
+    return recipe_flags(recipe, {}, words, options, f"meme-dist compare {recipe}")
 
 
-def plan_of(*words: str, out: Path = Path("unused")) -> Plan:
-    given, arguments = asked([*TINY, "--schedule", "constant", "--out", str(out), *words])
-    models = dict(model_of("linear_gaussian", text) for text in given.models or ("meme",))
-    return command._plan("linear_gaussian", command._common(arguments), given, models=models, reference=given.reference)
+def plan_of(*words: str, recipe: str = "linear_gaussian") -> Plan:
+    size = TINY if recipe == "linear_gaussian" else SMALL
+    given, arguments = asked([*size, "--schedule", "constant", "--out", "unused", *words], recipe=recipe)
+    models = dict(model_of(recipe, text) for text in given.models or ("meme",))
+    return command._plan(recipe, command._common(arguments), given, models=models, reference=given.reference)
 
 
 # ---- plans ------------------------------------------------------------------------------------------------------------------------
@@ -109,11 +112,61 @@ def test_words_name_models_parts_and_varied_keywords() -> None:
         (["--vary", "seed=1,2"], "seed is set by the model and varied too"),
         (["--models", "a b=meme", "a-b=mmvae"], "two cells would share a folder: a-b-seed"),
         (["--reference", "mvae", "--models", "meme"], "reference: expected one of the models ['meme'], got 'mvae'"),
+        (["--vary", "missing=0,.1", "missing=.2"], "vary: expected different names, got 'missing' twice; give all its values at once"),
+        (["--seed", "5"], "seed 5: no run would have it, they have the seeds 0 1 2; name all of them"),
     ],
 )
 def test_a_wrong_word_is_refused_before_anything_runs(words: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint.replace("[", r"\[").replace("]", r"\]")):
         plan_of(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["compare", "--vary", "missing=0,.1", "--vary", "event=3,4"], "--vary: expected once, with all its values behind it"),
+        (["compare", "--models", "meme", "--models=mmvae"], "--models: expected once"),
+        (["ablate", "--seeds", "0", "--seeds", "1"], "--seeds: expected once"),
+        (["compare", "--models", "meme", "meme"], "models: expected different names, got 'meme' twice; NAME=MODEL gives one"),
+        (["compare", "--seed", "0"], "--seed: .* name them: --seeds 0 1 2"),
+        (["ablate", "--seed=3"], "--seed: .* name them: --seeds 0 1 2"),
+        (["ablate", "--part", "base:samples=3"], "parts: expected different names, got 'base' twice; NAME:KEYWORD=VALUE gives one"),
+        (["ablate", "--part", "k:samples=3", "--part", "k:event=3"], "parts: expected different names, got 'k' twice"),
+    ],
+)
+def test_nothing_that_was_asked_is_dropped_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
+) -> None:
+    monkeypatch.setattr(command, "run_plan", lambda *_, **__: 0)
+    kind, *rest = words
+    with pytest.raises(ValueError, match=complaint):
+        command.main("ablate" if kind == "ablate" else "compare", ["linear_gaussian", *TINY, "--out", str(tmp_path / "out"), *rest])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_judges_all_wherever_their_rows_differ() -> None:
+    assert plan_of("--models", "meme", "mmvae:samples=3,learning_rate=.01", "pooled=meme:pool=product").judge == "own"
+    assert plan_of("--vary", "samples=1,2").judge == plan_of("--models", "meme", "half=meme:missing=.5").judge == "first"
+    assert plan_of("--models", "meme", "half=meme:missing=.5", "--judge", "own").judge == "own"
+
+
+def test_a_split_that_the_rows_do_not_have_is_refused_before_anything_is_trained(tmp_path: Path, shards: Path) -> None:
+    cells.check_split(plan_of("--split", "validation", "--validation", ".1", recipe="digits"))
+    given = ["--shards", str(shards), "--split"]
+    cells.check_split(plan_of(*given, "train", recipe="auto"))
+    for words, recipe, complaint in (
+        (["--split", "holdout"], "digits", "expected test, got 'holdout'; hold rows out with --validation .1"),
+        (["--split", "train", "--validation", ".1"], "digits", "expected test or validation, got 'train'"),
+        (["--split", "validation"], "linear_gaussian", "expected test, got 'validation'; recipe 'linear_gaussian' holds no rows out"),
+        (["--split", "validation", "--vary", "validation=.1,0"], "digits", "meme-validation=0.0-seed0: split: expected test, got"),
+        ([*given, "validation"], "auto", "expected train or test, got 'validation'"),
+    ):
+        with (
+            pytest.raises(ValueError, match=re.escape(complaint)),
+            Runner(plan_of(*words, recipe=recipe), Running(tmp_path), console=QUIET),
+        ):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_cells_are_every_combination_once_and_the_plan_in_a_file_is_the_plan(tmp_path: Path) -> None:
@@ -137,6 +190,9 @@ def test_cells_are_every_combination_once_and_the_plan_in_a_file_is_the_plan(tmp
         assert cells.load(tmp_path / file).cells() == found
     (tmp_path / "plan.toml").write_text(toml + "speed = 3\n")
     with pytest.raises(ValueError, match="no keyword 'speed'"):
+        cells.load(tmp_path / "plan.toml")
+    (tmp_path / "plan.toml").write_text(toml + "seed = 3\n")
+    with pytest.raises(ValueError, match=r"seed 3: no run would have it.* seeds = \[\.\.\.\]"):
         cells.load(tmp_path / "plan.toml")
     (tmp_path / "plan.toml").write_text(f"sedes = [1]\n{toml}")
     with pytest.raises(ValueError, match=r"plan.toml: expected a recipe .* got sedes, recipe"):
@@ -177,7 +233,7 @@ def runs_of(plan: Plan, value: Callable[[cells.Cell], float | None], name: str =
     return [Run(cell, None if found[cell.name] is None else {name: found[cell.name]}, {}, Path(cell.name)) for cell in plan.cells()]
 
 
-def test_a_table_holds_scipys_intervals_paired_by_seed_and_setting() -> None:
+def test_a_table_holds_scipys_intervals_of_pairs_averaged_over_the_settings_of_a_seed() -> None:
     plan = plan_of("--models", "meme", "mmvae", "m5=meme:samples=5", "--vary", "missing=0,.5", "--seeds", "0", "1", "2")
     generator = np.random.default_rng(0)
     values = {cell.name: float(generator.normal()) for cell in plan.cells()}
@@ -188,9 +244,9 @@ def test_a_table_holds_scipys_intervals_paired_by_seed_and_setting() -> None:
     low, high = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
     assert (means["value"], means["low"], means["high"], means["count"]) == pytest.approx((np.mean(own), low, high, 3))
     tests = {test["model"]: test for test in table["tests"]}
-    assert set(tests) == {"mmvae", "m5"} and tests["m5"]["count"] == 6 and tests["mmvae"]["count"] == 5
-    keys = [f"-missing={m}-seed{s}" for m in ("0.0", "0.5") for s in range(3) if f"mmvae-missing={m}-seed{s}" != lost]
-    differences = [values[f"mmvae{key}"] - values[f"meme{key}"] for key in keys]
+    assert set(tests) == {"mmvae", "m5"} and tests["m5"]["count"] == tests["mmvae"]["count"] == 3  # seeds: settings are no further pairs
+    keys = [[f"-missing={m}-seed{s}" for m in ("0.0", "0.5") if f"mmvae-missing={m}-seed{s}" != lost] for s in range(3)]
+    differences = [np.mean([values[f"mmvae{key}"] - values[f"meme{key}"] for key in of_seed]) for of_seed in keys]
     interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
     assert (tests["mmvae"]["low"], tests["mmvae"]["high"]) == pytest.approx((interval.low, interval.high))
     p = sorted(test["p"] for test in tests.values())
@@ -199,12 +255,15 @@ def test_a_table_holds_scipys_intervals_paired_by_seed_and_setting() -> None:
 
 
 def test_the_best_is_named_only_where_it_is_surely_better_than_every_other() -> None:
-    close = {"a": {0: 0.90, 1: 0.70, 2: 0.80}, "b": {0: 0.88, 1: 0.685, 2: 0.778}, "c": {0: 0.1, 1: 0.2, 2: 0.0}}
+    def by_seed(*found: float, first: int = 0) -> dict[tuple[str, int], float]:
+        return {("{}", first + number): value for number, value in enumerate(found)}
+
+    close = {"a": by_seed(0.90, 0.70, 0.80), "b": by_seed(0.88, 0.685, 0.778), "c": by_seed(0.1, 0.2, 0.0)}
     assert best(close, 1) == "a"  # apart in every pair, although their own intervals overlap
     assert best(close, -1) == "c"
-    assert best({**close, "b": {0: 0.8, 1: 0.75, 2: 0.70}}, 1) is None
-    assert best({**close, "b": {7: 0.1, 8: 0.1}}, 1) is None  # no pair, no claim
-    assert best(close, 0) is None and best({"a": {0: 1.0, 1: 2.0}}, 1) is None
+    assert best({**close, "b": by_seed(0.8, 0.75, 0.70)}, 1) is None
+    assert best({**close, "b": by_seed(0.1, 0.1, first=7)}, 1) is None  # no pair, no claim
+    assert best(close, 0) is None and best({"a": by_seed(1.0, 2.0)}, 1) is None
 
 
 def test_what_is_better_and_what_is_shown() -> None:
@@ -216,7 +275,7 @@ def test_what_is_better_and_what_is_shown() -> None:
         "imputation/a>b/crps": -1,
     }
     neither = ["classifier/a", "imputation/a>b/coverage@95%", "frechet/real>b", "information/real>b", "correlation/plain/a-b/real"]
-    better |= {"imputation/a>b/log_likelihood": 1, "information/a>b": 1, "frechet/mean": -1, **dict.fromkeys(neither, 0)}
+    better |= {"imputation/a>b/log_likelihood": 1, "information/a>b": -1, "frechet/mean": -1, **dict.fromkeys(neither, 0)}
     assert {name: direction(name) for name in better} == better
     many = [f"cross_coherence/{k}>{j}" for k in range(4) for j in range(4)]
     assert main_measurements(["cross_coherence/mean", *many, "ari/a"]) == ["cross_coherence/mean"]
@@ -295,7 +354,7 @@ def home(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def pretend(home: Path, plan: Plan, shards: Path, **running: Any) -> int:
     """Run the plan to its report."""
     home.mkdir(exist_ok=True)
-    told = {"keywords": {cell.name: dict(cell.keywords) for cell in plan.cells()}, "shards": str(shards)}
+    told = {"recipe": plan.recipe, "keywords": {cell.name: dict(cell.keywords) for cell in plan.cells()}, "shards": str(shards)}
     (home / "keywords.json").write_text(json.dumps(told))
     launch = f"{sys.executable} -S -E {PRETENDED}"
     return command.run_plan(plan, Running(out=home, launch=launch, **running), console=QUIET)
@@ -407,8 +466,41 @@ def test_one_runs_rows_judge_all_and_are_asked_first(home: Path, shards: Path, m
     monkeypatch.delenv("PRETEND_FAIL")
     assert pretend(home, plan, shards) == 0  # once chosen it judges ever after
     assert calls(home)[-1] == f"evaluate meme-missing=0.0-seed0 judge {judge}"
+    assert f"The classifiers of one run's rows judge all runs: of `{judge}`." in (home / "report.md").read_text()
     with pytest.raises(ValueError, match="add --judge first"):
         pretend(home, plan_of("--models", "meme", "--seeds", "0"), shards)
+
+
+def test_a_run_of_other_modalities_is_judged_by_its_own_rows_and_the_report_says_whose_judge(
+    home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "two=meme:modalities=2", "--seeds", "0")
+    monkeypatch.setattr("meme_dist.compare.running._alike", lambda *runs: "two" not in str(runs))
+    assert plan.judge == "first" and pretend(home, plan, shards) == 0
+    assert [call for call in calls(home) if "judge" in call] == ["evaluate few-seed0 judge meme-seed0"]
+    assert "of the rows of `meme-seed0` (2 runs), `two-seed0` (1 run); what" in (home / "report.md").read_text()
+
+
+def test_a_judge_that_left_the_plan_before_it_was_measured_still_judges_and_one_that_is_gone_is_replaced(
+    home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRETEND_FAIL", "evaluate")
+    assert pretend(home, plan_of("--models", "meme", "--judge", "first", "--seeds", "0"), shards) == 1
+    monkeypatch.delenv("PRETEND_FAIL")
+    plan = plan_of("--models", "few=meme:samples=1", "mmvae", "--judge", "first", "--seeds", "0")
+    assert pretend(home, plan, shards) == 0
+    assert {call for call in calls(home) if "judge" in call} == {f"evaluate {m}-seed0 judge meme-seed0" for m in ("few", "mmvae")}
+    shutil.rmtree(home / "runs" / "meme-seed0")
+    more = plan_of("--models", "few=meme:samples=1", "mmvae", "--judge", "first", "--seeds", "0", "1")
+    assert pretend(home, more, shards) == 0
+    assert calls(home)[-1] == "evaluate mmvae-seed1 judge few-seed0"
+    assert "of the rows of `meme-seed0` (2 runs), `few-seed0` (2 runs); what" in (home / "report.md").read_text()
+
+
+def test_a_plan_written_by_hand_may_leave_the_judge_out(home: Path, shards: Path) -> None:
+    home.mkdir()
+    (home / cells.FILE).write_text(json.dumps({"recipe": "linear_gaussian", "models": {"meme": {}}}))
+    assert pretend(home, plan_of("--models", "meme", "--seeds", "0"), shards) == 0
 
 
 @pytest.mark.parametrize("vary", [[], ["--vary", "missing=0,.5"]])
@@ -419,7 +511,7 @@ def test_a_pooled_model_is_another_ones_runs_asked_again(home: Path, shards: Pat
     asked_again = [call.split(" judge")[0] for call in calls(home) if " pool" in call]
     assert sorted(asked_again) == sorted(f"evaluate {cell.name} pool" for cell in plan.cells() if cell.model == "meme")
     test = next(t for t in json.loads((home / "table.json").read_text())["tests"] if t["measurement"] == "cross_coherence/mean")
-    assert (test["model"], test["value"], test["count"]) == ("pooled", pytest.approx(0.05), len(plan.cells()) // 2)
+    assert (test["model"], test["value"], test["count"]) == ("pooled", pytest.approx(0.05), len(plan.seeds))
     assert pretend(home, plan, shards) == 0 and len(asked_again) == len([call for call in calls(home) if " pool" in call])
     with pytest.raises(ValueError, match="none has these settings without it; add it"):
         plan_of("--models", "meme", "pooled=mmvae:pool=product")
@@ -436,14 +528,27 @@ def test_a_run_with_other_keywords_is_refused_and_more_steps_of_it_are_not(home:
     assert pretend(home, plan_of("--models", "meme", "--seeds", "0", "--steps", "9"), shards) == 0
     assert json.loads((home / "runs" / "meme-seed0" / "results.json").read_text())["step"] == 9
     assert "--resume" in (home / "logs" / "meme-seed0.log").read_text() and "--steps 9" in (home / "logs" / "meme-seed0.log").read_text()
+    with pytest.raises(ValueError, match=r"meme-seed0: was trained for 9 steps, more than the 6 it is asked for; give --steps 9 or more"):
+        pretend(home, plan_of("--models", "meme", "--seeds", "0", "--steps", "6"), shards)
     (home / "runs" / "meme-seed1").mkdir()  # killed before it wrote its record
     assert pretend(home, plan_of("--models", "meme", "--seeds", "0", "1", "--steps", "9"), shards) == 0
 
 
+def test_a_run_older_than_a_keyword_is_resumed_without_naming_it(home: Path) -> None:
+    plan = plan_of("--models", "meme", "--seeds", "0", "--steps", "9")
+    keywords = {**plan.cells()[0].keywords, "steps": 6}
+    del keywords["balance"]  # False by default, and no flag says --balance False
+    folder = home / "runs" / "meme-seed0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"recipe": plan.recipe, "keywords": keywords, "shards": "", "command": [], "format": 1}))
+    words = Runner(plan, Running(home), console=QUIET).words(Task(plan.cells()[0], "train"))
+    assert words[:2] == ["train", "--resume"] and words[3:5] == ["--steps", "9"] and "--balance" not in words
+
+
 @pytest.mark.parametrize("vary", [[], ["--vary", "missing=0,.3"]], ids=["own judge", "first judge"])
 def test_on_another_split_runs_are_measured_apart_and_the_test_rows_are_never_looked_at(home: Path, shards: Path, vary: list[str]) -> None:
-    words = ["--models", "meme", "pooled=meme:pool=product", *vary, "--seeds", "0"]
-    plan = plan_of(*words, "--split", "validation")
+    words = ["--models", "meme", "pooled=meme:pool=product", *vary, "--seeds", "0", "--validation", ".1"]
+    plan = plan_of(*words, "--split", "validation", recipe="digits")
     assert pretend(home, plan, shards) == 0
     runs = [cell.run for cell in plan.cells() if cell.model == "meme"]
     measured = [call.split(" judge")[0] for call in calls(home) if call.startswith("evaluate")]
@@ -455,7 +560,7 @@ def test_on_another_split_runs_are_measured_apart_and_the_test_rows_are_never_lo
     text = (home / "report.md").read_text()
     assert "Measured on the split `validation`: no test row was looked at." in text and "rows / s" in text  # of the run's own log
     assert pretend(home, plan, shards) == 0 and len([call for call in calls(home) if call.startswith("evaluate")]) == len(measured)
-    assert pretend(home, plan_of(*words), shards) == 0  # then the test rows, of the same trained runs
+    assert pretend(home, plan_of(*words, recipe="digits"), shards) == 0  # then the test rows, of the same trained runs
     assert len([call for call in calls(home) if call.startswith("train")]) == (len(runs) if vary else 2 * len(runs))
     assert (home / "runs" / runs[0] / "results.json").is_file()
 
@@ -466,7 +571,7 @@ def test_the_report_shows_tables_curves_pictures_and_what_is_missing(home: Path,
     text = (home / "report.md").read_text()
     first = 0.5 + 0.02 + 0.03 * (0 + 2 + 4) / 3 + 0.005
     assert f"{first:.3f} [" in text and f"| **{first + 0.07:.3f} [" in text  # better by as much in every pair
-    assert "+0.070 [0.070, 0.070]" in text and "0.0039" in text  # 9 pairs: 2 / 2^9
+    assert "+0.070 [0.070, 0.070]" in text and "| 0.25 " in text  # 3 seeds, however many settings: 2 / 2^3
     for name in ("against-missing", "by-inputs"):
         assert (home / "figures" / f"{name}.png").stat().st_size > 5000 and f"figures/{name}.png" in text
     assert "104" in text.split("## Time and memory")[1]  # the median of the three seeds' rows a second

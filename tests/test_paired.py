@@ -65,9 +65,25 @@ def test_p_of_many_pairs_is_exact_up_to_forty_and_close_beyond(monkeypatch: pyte
     assert sign_flip(differences) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 5_000))
 
 
+def test_settings_of_a_seed_are_no_evidence_of_their_own() -> None:
+    """A null hypothesis that holds, with what a seed does to a difference alike in all settings: p <= .05 at most as often as it says."""
+    generator, studies, seeds, settings, alike = np.random.default_rng(0), 400, 6, 5, 0.4
+    of_seed = generator.normal(size=(studies, seeds, 1)) * math.sqrt(alike)
+    differences = of_seed + generator.normal(size=(studies, seeds, settings)) * math.sqrt(1 - alike)
+    zeros, groups = [0.0] * seeds * settings, [seed for seed in range(seeds) for _ in range(settings)]
+    found = [paired(list(study.ravel()), zeros, groups=groups) for study in differences]
+    assert {one.difference.count for one in found} == {seeds} and found[0].smallest == 2 / 2**seeds
+    assert np.mean([one.p <= 0.05 for one in found]) <= 0.05
+    covered = np.mean([one.difference.low <= 0 <= one.difference.high for one in found])
+    assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.05 * 0.95 / studies))
+    assert np.mean([sign_flip(list(study.ravel())) <= 0.05 for study in differences[:100]]) > 0.15  # what each as a pair would reject
+
+
 def test_a_value_that_is_missing_takes_its_pair_with_it_and_lengths_must_agree() -> None:
     found = paired([1.0, math.nan, 3.0], [0.5, 9.0, 1.0])
     assert found.difference.count == 2 and found.difference.value == pytest.approx(1.25)
+    grouped = paired([1.0, math.nan, 3.0, math.nan], [0.5, 9.0, 1.0, 1.0], groups=["a", "a", "a", "b"])
+    assert grouped.difference.count == 1 and grouped.difference.value == pytest.approx(1.25)
     with pytest.raises(ValueError, match="got 2 and 3"):
         paired([1.0, 2.0], [1.0, 2.0, 3.0])
 

@@ -109,6 +109,19 @@ def test_tables_are_aligned_markdown_and_show_a_dash_where_nothing_was_measured(
     )
 
 
+def test_a_report_says_of_what_and_how_it_measured_where_that_is_not_usual(folder: Path, tmp_path: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert (
+        "evaluated at step 300; cross" in (folder / "report.md").read_text() and "Share of test rows" in (folder / "report.md").read_text()
+    )
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    how = {"split": "validation", "checkpoint": "best", "pool": "product", "judge": "runs/other"}
+    (tmp_path / "results.json").write_text(json.dumps(results | how))
+    text = report.write_report(tmp_path).read_text()
+    assert "evaluated at step 300 (split `validation`, checkpoint `best`, pool `product`, judge `runs/other`);" in text
+    assert "Share of validation rows" in text and "test" not in text.split("## What ran")[0]
+
+
 def test_runs_of_several_seeds_become_one_table_with_students_interval(tmp_path: Path) -> None:
     folders = [tmp_path / str(seed) for seed in range(3)]
     for folder, value in zip(folders, (0.71, 0.68, 0.74), strict=True):

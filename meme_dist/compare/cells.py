@@ -20,6 +20,7 @@ A plan is typed on the command line or in a file (TOML or JSON), and `plan.json`
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -32,11 +33,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from meme_dist.data.index import Manifest
+from meme_dist.data.validation import VALIDATION
 from meme_dist.pooled import Pool
-from meme_dist.recipes import RECIPES
 from meme_dist.recipes import keywords as of_recipes
+from meme_dist.recipes.base import Model
 from meme_dist.recipes.keywords import unflatten
+from meme_dist.recipes.named import recipe_of, whole
 from meme_dist.stored import on
+from meme_dist.train.training import Training
 
 FILE = "plan.json"
 Judge = Literal["own", "first"]
@@ -88,6 +93,9 @@ class Plan:
             raise ValueError(f"a comparison needs models and seeds, got {len(self.models)} and {len(self.seeds)}")
         if self.reference not in {"", *self.models}:
             raise ValueError(f"reference: expected one of the models {list(self.models)}, got {self.reference!r}")
+        if (seed := self.common.get("seed")) not in (None, defaults(self.recipe)["seed"]):
+            each = " ".join(map(str, self.seeds))
+            raise ValueError(f"seed {seed}: no run would have it, they have the seeds {each}; name all of them: --seeds, or seeds = [...]")
         for label, keywords in self.models.items():
             if twice := sorted(set(keywords) & {*self.vary, "seed"}) + sorted({"seed"} & set(self.vary)):
                 raise ValueError(f"model {label!r}: {', '.join(twice)} is set by the model and varied too (seeds: --seeds); leave one out")
@@ -152,11 +160,28 @@ def _repeated(names: Sequence[str]) -> str:
 
 def _accepted(recipe: str, cell: Cell) -> None:
     try:
-        arguments = unflatten(RECIPES[recipe], cell.keywords)
+        arguments = unflatten(recipe_of(recipe), cell.keywords)
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
     if missing := [name for name, value in arguments.items() if value is inspect.Parameter.empty]:
         raise ValueError(f"{cell.name}: recipe {recipe!r} needs {', '.join(missing)}; give it to all cells or to the model")
+
+
+def check_split(plan: Plan) -> None:
+    """Raise ValueError for a split that not every cell's rows have: evaluation would only find out after all the trainings."""
+    of_shards = functools.cache(lambda shards: list(Manifest.load(shards).splits))
+    for cell in plan.cells() if plan.split != "test" else ():
+        held_out = cell.keywords.get(VALIDATION)
+        known = of_shards(cell.keywords["shards"]) if "shards" in cell.keywords else ["test", *([VALIDATION] if held_out else [])]
+        if plan.split not in known:
+            advice = "hold rows out with --validation .1" if held_out is not None else f"recipe {plan.recipe!r} holds no rows out"
+            raise ValueError(f"{cell.name}: split: expected {' or '.join(known)}, got {plan.split!r}; {advice}")
+
+
+def of_data(recipe: str) -> set[str]:
+    """The keywords that may change the rows: all but the model's and the training's."""
+    others = {entry.name for group in (Model, Training) for entry in dataclasses.fields(group)}
+    return set(_hints(recipe_of(recipe))) - others
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------------------
@@ -172,17 +197,19 @@ def load(path: Path) -> Plan:
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: expected a plan in {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
     known = {entry.name for entry in dataclasses.fields(Plan)}
-    if not isinstance(data, dict) or set(data) - known or data.get("recipe") not in list(RECIPES):
-        raise ValueError(f"{path}: expected a recipe (of {', '.join(RECIPES)}) and some of {', '.join(sorted(known))}, got {_keys(data)}")
+    if not isinstance(data, dict) or set(data) - known or not isinstance(data.get("recipe"), str):
+        raise ValueError(f"{path}: expected a recipe and some of {', '.join(sorted(known))}, got {_keys(data)}")
     if wrong := [
         f"{name}: expected {what}, got {data[name]!r}" for name, (what, fits) in ENTRIES.items() if name in data and not fits(data[name])
     ]:
         raise ValueError(f"{path}: {'; '.join(wrong)}")
-    recipe = data["recipe"]
+    recipe = whole(data["recipe"])
     models = {label: _checked(recipe, keywords) for label, keywords in data.get("models", {}).items()}
     vary = {name: [typed(recipe, name, _text(value)) for value in values] for name, values in data.get("vary", {}).items()}
     common = {**defaults(recipe), **_checked(recipe, data.get("common", {}))}
-    return Plan(**{**data, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))})
+    return Plan(
+        **{**data, "recipe": recipe, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))}
+    )
 
 
 def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -247,7 +274,7 @@ def _settings(recipe: str, text: str) -> dict[str, Any]:
 
 def typed(recipe: str, name: str, text: str) -> Any:
     """The keyword's value as JSON has it. Raises ValueError for a keyword that the recipe has not, and for a value of another type."""
-    hints = {**_hints(RECIPES[recipe]), "pool": Pool}
+    hints = {**_hints(recipe_of(recipe)), "pool": Pool}
     if name not in hints:
         raise ValueError(f"recipe {recipe!r} has no keyword {name!r}; it has {', '.join(hints)}")
     try:
@@ -275,7 +302,7 @@ def flags(keywords: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
 
 def defaults(recipe: str) -> dict[str, Any]:
     """The recipe's own keywords, flat; those that have to be given are not among them."""
-    return of_recipes.defaults(RECIPES[recipe])
+    return of_recipes.defaults(recipe_of(recipe))
 
 
 def _hints(recipe: Callable[..., Any]) -> dict[str, Any]:

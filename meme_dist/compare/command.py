@@ -9,10 +9,10 @@ A comparison's folder:
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -24,14 +24,16 @@ from meme_dist.compare.report import write_report
 from meme_dist.compare.running import Runner, Running
 from meme_dist.compare.tabulation import RUNS, measured
 from meme_dist.data.source import absolute
-from meme_dist.flags import PROGRAM, STYLE, chosen, recipe_flags, value_of
-from meme_dist.recipes import RECIPES
+from meme_dist.flags import PROGRAM, STYLE, recipe_flags, recipe_named, value_of
 from meme_dist.recipes.keywords import flatten
 from meme_dist.record import write_json
 from meme_dist.supervise import progress
 from meme_dist.train.signals import SAVED
 
+T = TypeVar("T")
+
 BASE = "base"
+LISTS = ("--models", "--vary", "--seeds")  # flags with all their values behind them
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Asked(Running):
     split: str = "test"
     """Whose rows measure the runs: test, or validation where rows were held out for it (--validation .1), to choose settings on."""
     judge: Literal["auto", "own", "first"] = "auto"
-    """Whose rows train the classifiers that judge a run: its own, or the first run's for all; auto is first where something varies."""
+    """Whose rows train the classifiers that judge a run: its own, or the first run's for all; auto is first where something varies
+    or a model has other rows."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ USAGE = f"""usage: {PROGRAM} compare RECIPE --out FOLDER --models meme mmvae ...
 def main(command: Literal["compare", "ablate"], words: Sequence[str]) -> int:
     """Either command from its words; the exit status. Raises ValueError for words that cannot be meant."""
     console = Console(highlight=False)
+    _check_words(words)
     if (folder := value_of("--report-only", words)) is not None:
         return report_only(Path(folder), console=console)
     if not words or words[0].startswith("-"):
@@ -88,7 +92,7 @@ def main(command: Literal["compare", "ablate"], words: Sequence[str]) -> int:
     if command == "compare" and words[0].endswith((".toml", ".json")):
         running = tyro.cli(Running, args=list(words[1:]), prog=f"{PROGRAM} {command} {words[0]}", config=STYLE)
         return run_plan(cells.load(Path(words[0])), running, console=console)
-    recipe, program = chosen(words[0], list(RECIPES), "recipe", f"{PROGRAM} recipes"), f"{PROGRAM} {command} {words[0]}"
+    recipe, program = recipe_named(words[0]), f"{PROGRAM} {command} {words[0]}"
     if command == "compare":
         asked, arguments = recipe_flags(recipe, {}, words[1:], Comparison, program)
         return compare(recipe, arguments, asked, console=console)
@@ -102,9 +106,8 @@ def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, con
     Raises ValueError, and starts nothing, for what the recipe refuses and for a run of other keywords in the folder.
     """
     common = _common(arguments)
-    models = dict(cells.model_of(recipe, text) for text in asked.models or (str(common.get("objective", recipe)),))
-    if len(models) < len(asked.models):
-        raise ValueError(f"models: expected different names, got {', '.join(asked.models)}; NAME=MODEL gives one")
+    texts = asked.models or (str(common.get("objective", recipe)),)
+    models = _distinct("models", (cells.model_of(recipe, text) for text in texts), "NAME=MODEL gives one")
     plan = _plan(recipe, common, asked, models=models, reference=asked.reference)
     return run_plan(plan, asked, console=console)
 
@@ -114,9 +117,8 @@ def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, consol
     common = _common(arguments)
     if not asked.part and common["objective"] != "meme":
         raise ValueError(f"ablate: these parts are MEME's, and the base is {common['objective']!r}; name parts of it with --part")
-    models: dict[str, dict[str, Any]] = {BASE: {}}
-    for text in asked.part or parts_of_meme(common):
-        models |= cells.part_of(recipe, text, common)
+    parts = [pair for text in asked.part or parts_of_meme(common) for pair in cells.part_of(recipe, text, common).items()]
+    models = _distinct("parts", [(BASE, {}), *parts], "NAME:KEYWORD=VALUE gives one")
     plan = _plan(recipe, common, asked, models=models, reference=BASE, kind="ablation")
     return run_plan(plan, asked, console=console, gradient_draws=asked.gradient_draws)
 
@@ -157,15 +159,35 @@ def report_only(folder: Path, *, console: Console) -> int:
     return 0 if all(measured(folder / RUNS / cell.folder, cell.keywords["steps"]) for cell in plan.cells()) else 1
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse what the parser would take, and then nobody would read."""
+    if value_of("--seed", words) is not None:
+        raise ValueError("--seed: no run would have it, since every model is trained with several seeds; name them: --seeds 0 1 2")
+    for flag in LISTS:
+        if sum(word.partition("=")[0] == flag for word in words) > 1:
+            raise ValueError(f"{flag}: expected once, with all its values behind it ({flag} A B), got several; only the last would count")
+
+
+def _distinct(what: str, pairs: Iterable[tuple[str, T]], advice: str) -> dict[str, T]:
+    """A dictionary; raises ValueError where a name would stand for two things."""
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{what}: expected different names, got {name!r} twice; {advice}")
+        found[name] = value
+    return found
+
+
 def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     common = flatten(arguments)
     return common | ({"shards": absolute(common["shards"])} if "shards" in common else {})
 
 
-def _plan(recipe: str, common: Mapping[str, Any], asked: Asked, **rest: Any) -> Plan:
-    vary = dict(cells.varied_of(recipe, text) for text in asked.vary)
-    judge: Judge = ("first" if vary else "own") if asked.judge == "auto" else asked.judge
-    return Plan(recipe=recipe, common=common, seeds=asked.seeds, vary=vary, judge=judge, split=asked.split, **rest)
+def _plan(recipe: str, common: Mapping[str, Any], asked: Asked, *, models: Mapping[str, Mapping[str, Any]], **rest: Any) -> Plan:
+    vary = _distinct("vary", (cells.varied_of(recipe, text) for text in asked.vary), "give all its values at once, KEYWORD=A,B")
+    differ = vary or set().union(*models.values()) & cells.of_data(recipe)
+    judge: Judge = ("first" if differ else "own") if asked.judge == "auto" else asked.judge
+    return Plan(recipe=recipe, common=common, models=models, seeds=asked.seeds, vary=vary, judge=judge, split=asked.split, **rest)
 
 
 def _measure_gradient(plan: Plan, folder: Path, draws: int, *, console: Console) -> None:

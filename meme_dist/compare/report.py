@@ -4,6 +4,7 @@ Written again from the same folders, table.json, costs.json and both texts are t
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,23 @@ def _summary(plan: Plan, runs: Sequence[Run]) -> str:
     there = sum(run.values is not None for run in runs)
     sizes = f"{len(plan.models)} models, {len(plan.settings())} settings, {len(plan.seeds)} seeds: {there} of {len(runs)} runs are measured"
     measured = "" if plan.split == "test" else f" Measured on the split `{plan.split}`: no test row was looked at."
-    judged = "\n\nThe classifiers of one run's rows judge all runs." if plan.judge == "first" else ""
     return (
         f"Recipe `{plan.recipe}`; {sizes}. The reference is `{plan.against}`.{measured}\n\n"
         "Values are means over seeds with Student's 95 % interval (none for one seed). **Bold** is the model whose difference from each of "
         "the others, paired by seed, has an interval on the good side of 0; where none has, none is bold. "
-        f"Measurements: `{TABLE}`; all of them to read: [{ALL}]({ALL}).{judged}"
+        f"Measurements: `{TABLE}`; all of them to read: [{ALL}]({ALL}).{_judged(plan, runs)}"
     )
+
+
+def _judged(plan: Plan, runs: Sequence[Run]) -> str:
+    """Whose rows made the classifiers, as each evaluation says: not all runs have modalities that one run's can judge."""
+    judges = Counter(Path(run.results.get("judge", run.cell.run)).name for run in runs if run.values is not None)
+    if plan.judge == "own" or not judges:
+        return ""
+    if len(judges) == 1:
+        return f"\n\nThe classifiers of one run's rows judge all runs: of `{next(iter(judges))}`."
+    rows = ", ".join(f"`{judge}` ({count} run{'s'[: count > 1]})" for judge, count in judges.items())
+    return f"\n\nThe classifiers that judge are of the rows of {rows}; what different ones say is not quite comparable."
 
 
 def _unmeasured(runs: Sequence[Run], folder: Path) -> str:
@@ -111,11 +122,11 @@ def _differences(plan: Plan, tests: Sequence[Mapping[str, Any]]) -> str:
     if not tests:
         return ""
     said = (
-        f"Model minus `{plan.against}` in runs of the same seed and setting, with Student's interval of the mean difference. p: exact "
-        "sign-flip test, two-sided; Holm: corrected for the rivals of a measurement. With n pairs no p can be below 2 / 2^n. Pairs of one "
-        "seed in several settings are not quite independent, which makes intervals over settings a little narrow."
+        f"Model minus `{plan.against}` in runs of the same seed and setting, averaged over the settings of a seed, with Student's interval "
+        "of the mean over seeds. p: exact sign-flip test over seeds, two-sided; Holm: corrected for the rivals of a measurement. With n "
+        "seeds no p can be below 2 / 2^n."
     )
-    header = ["measurement", "model", "difference", "p", "Holm", "pairs"]
+    header = ["measurement", "model", "difference", "p", "Holm", "seeds"]
     lines = [[f"`{t['measurement']}`", t["model"], _difference(t), f"{t['p']:.2g}", f"{t['holm']:.2g}", t["count"]] for t in tests]
     return f"## Against {plan.against}\n\n{said}\n\n" + table(header, lines)
 

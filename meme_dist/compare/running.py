@@ -100,6 +100,7 @@ class Runner:
         self._active: list[Attempted] = []
 
     def __enter__(self) -> "Runner":
+        cells.check_split(self.plan)
         self._check_judge()
         for cell in self.cells:
             self._check(cell)
@@ -144,7 +145,7 @@ class Runner:
         return self.folder / RUNS / cell.run
 
     def _check(self, cell: Cell) -> None:
-        """Refuse a run of other keywords; clear away what a process left that was killed before it wrote its record."""
+        """Refuse a run of other keywords, or of more steps; clear away what a process left that was killed before it wrote its record."""
         folder = self.path(cell)
         if (folder / record.FILE).is_file():
             old = record.load(folder)
@@ -152,6 +153,11 @@ class Runner:
                 record.check_unchanged(folder, old, self.plan.recipe, cell.keywords, cells.defaults(self.plan.recipe))
             except ValueError as error:
                 raise ValueError(f"{error}. Or compare in another folder: --out FOLDER") from None
+            if (reached := progress(folder)) > cell.keywords["steps"]:
+                raise ValueError(
+                    f"{folder}: was trained for {reached} steps, more than the {cell.keywords['steps']} it is asked for; "
+                    f"give --steps {reached} or more. Or compare in another folder: --out FOLDER"
+                )
         elif folder.is_dir():
             (folder / f"{record.FILE}.tmp").unlink(missing_ok=True)
             if any(folder.iterdir()):
@@ -165,7 +171,7 @@ class Runner:
 
     def _check_judge(self) -> None:
         path = self.folder / cells.FILE
-        before = json.loads(path.read_text(encoding="utf-8"))["judge"] if path.is_file() else self.plan.judge
+        before = json.loads(path.read_text(encoding="utf-8")).get("judge", Plan.judge) if path.is_file() else self.plan.judge
         if before != self.plan.judge:
             raise ValueError(
                 f"{self.folder}: runs there were judged by classifiers of {before!r} rows, others would be by {self.plan.judge!r}; "
@@ -194,10 +200,14 @@ class Runner:
         return self.plan.judge == "first" or self.plan.split != "test"
 
     def _judge(self) -> str | None:
-        """The name of the run that judges: the first that is trained, once all before it have failed, and the same ever after."""
+        """The name of the run that judges: the first that is trained, once all before it have failed; the same while it is there."""
         file = self.folder / JUDGE
         if file.is_file():
-            return file.read_text(encoding="utf-8").strip()
+            name = file.read_text(encoding="utf-8").strip()
+            if (self.folder / RUNS / name / record.FILE).is_file():
+                return name
+            self.console.print(f"{file}: the run {name!r}, whose rows judged, is gone; another one judges from now on", soft_wrap=True)
+            file.unlink()
         for cell in (cell for cell in self.cells if cell.pool is None):
             if self._is(cell, "trained"):
                 file.write_text(f"{cell.name}\n", encoding="utf-8")
@@ -207,11 +217,11 @@ class Runner:
         return None
 
     def _may_measure(self, cell: Cell) -> bool:
-        """Whether the judge is known and, unless this is it, its classifiers are there for others to take."""
+        """Whether the judge is known and its classifiers are there to take, or it is no other run's turn to train them."""
         if self.plan.judge == "own":
             return True
-        judge = self._judge()
-        return judge in (cell.name, *self._failed) or judge is not None and any((self.folder / RUNS / judge).glob(f"**/{REPORT}"))
+        judge, others = self._judge(), {other.name for other in self.cells} - {cell.name, *self._failed}
+        return judge is not None and (judge not in others or any((self.folder / RUNS / judge).glob(f"**/{REPORT}")))
 
     def words(self, task: Task) -> list[str]:
         """The command, without what launches it."""
@@ -223,7 +233,7 @@ class Runner:
             return [*words, *(["--judge", str(judge)] if judge.name != task.cell.run and _alike(judge, folder) else [])]
         rest = [*data, *(["--no-evaluate"] if self._apart else [])]
         if (self.path(task.cell) / record.FILE).is_file():
-            known = record.load(self.path(task.cell)).keywords
+            known = {**cells.defaults(self.plan.recipe), **record.load(self.path(task.cell)).keywords}  # it may be older than a keyword
             return ["train", "--resume", folder, *cells.flags(task.cell.keywords, known), *rest]
         return ["train", self.plan.recipe, *cells.flags(task.cell.keywords, cells.defaults(self.plan.recipe)), "--run", folder, *rest]
 

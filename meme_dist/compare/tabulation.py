@@ -4,10 +4,11 @@
 
     runs      [{"run", "model", "setting", "seed", "values": {measurement: value} or null where the run has no results}]
     settings  [{"setting", "measurements": {name: {"models": {model: estimate}, "best": model or null}}}]    estimates over seeds
-    tests     [{"measurement", "model", "against", estimate of the difference, "p", "holm", "smallest_p"}]   over (seed, setting) pairs
+    tests     [{"measurement", "model", "against", estimate of the difference, "p", "holm", "smallest_p"}]   over seeds
 
 Every estimate has "value", "low", "high" and "count"; an interval over one run is null. A difference is model minus reference, run by run
-of the same seed and setting; `holm` corrects p for the several rivals of one measurement. The best model is named where its paired
+of the same seed and setting, averaged over the settings of a seed: a seed's rows and noise are in all of them, so that only seeds are
+independent. `holm` corrects p for the several rivals of one measurement. The best model is named where its paired
 difference from each of the others has an interval that excludes 0, and nowhere else.
 """
 
@@ -30,7 +31,7 @@ from meme_dist.report import LOG, REPORT, RESULTS, read_log
 
 RUNS = "runs"
 LOGS = "logs"
-LOWER = ("frechet", "rmse", "mae", "crps")  # better when lower
+LOWER = ("frechet", "rmse", "mae", "crps", "information")  # better when lower
 NEITHER = ("classifier", "correlation", "coverage")  # neither high nor low is better
 OF_DATA = ("frechet/real>", "information/real>")  # no model takes part
 SHOWN = ("cross_coherence", "coherence_by_inputs", "joint_coherence", "latent_accuracy", "log_likelihood", "imputation", "frechet")
@@ -182,18 +183,18 @@ def _measurements(plan: Plan, runs: Sequence[Run], names: Sequence[str]) -> dict
 
 
 def _values(runs: Iterable[Run], model: str, name: str) -> dict[tuple[str, int], float]:
-    """By setting and seed, which make pairs."""
+    """By (setting, seed), which make pairs."""
     mine = [run for run in runs if run.cell.model == model and run.values is not None and name in run.values]
     return {(json.dumps(dict(run.cell.setting)), run.cell.seed): (run.values or {})[name] for run in mine}
 
 
-def compared(model: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired:
-    """Paired by key; what only one of them has is left out."""
+def compared(model: Mapping[tuple[str, int], float], reference: Mapping[tuple[str, int], float]) -> Paired:
+    """Paired by (setting, seed), each seed's settings averaged; what only one of them has is left out."""
     keys = [key for key in model if key in reference]
-    return paired([model[key] for key in keys], [reference[key] for key in keys])
+    return paired([model[key] for key in keys], [reference[key] for key in keys], groups=[seed for _, seed in keys])
 
 
-def best(values: Mapping[str, Mapping[Any, float]], better: int) -> str | None:
+def best(values: Mapping[str, Mapping[tuple[str, int], float]], better: int) -> str | None:
     """The model whose paired difference from every other one has an interval on the good side of 0; None where there is none."""
     if not better or sum(map(bool, values.values())) < 2:
         return None

