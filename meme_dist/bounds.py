@@ -3,8 +3,8 @@
 The weights of a row are log w[s, k] = log p(x, z[s, k]) - log q(z[s, k] | x) with z[s, k] from stratum s (an expert, a subset) of an even
 mixture q over the strata that are `present`. With n of them:
 
-    tight    L = log (1 / (n K)) sum_{s,k} w[s, k]            Shi et al. 2019, eq. 3: rises to the evidence with K
-    looser   L = (1 / n) sum_s log (1 / K) sum_k w[s, k]      their app. A, what their code and MultiVae train: at most the tight one
+    tight    L = log (1 / (n K)) sum_{s,k} w[s, k]            Shi et al. 2019, `m_iwae` of their code: rises to the evidence with K
+    looser   L = (1 / n) sum_s log (1 / K) sum_k w[s, k]      `m_iwae_looser`, what they and MultiVae train: at most the tight one
 
 K = 1 makes `looser` the stratified ELBO of a mixture posterior. Neither exceeds log p(x) in expectation, by Jensen's inequality.
 """
