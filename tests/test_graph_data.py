@@ -302,6 +302,17 @@ def test_the_process_with_all_rows_inducing_is_the_exact_one():
         gaussian_process.fit(z, np.ones(60))
 
 
+def test_rows_that_come_again_do_not_make_the_process_one_of_white_noise():
+    """Equal rows with equal values are best explained by a length of nothing, which tells nothing of other rows (r = .03)."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((1300, 4))
+    y = np.sin(z).sum(1) + 1.2 * rng.standard_normal(1300)
+    seen = rng.integers(300, size=3000)  # each row ten times
+    process = gaussian_process.fit(z[seen], y[seen], inducing=300)
+    mean, _ = gaussian_process.predict(process, z[300:])
+    assert process.length > 0.5 and gaussian_process.predictivity(mean, y[300:], unit=y.std()).correlation > 0.6
+
+
 def test_errors_are_in_standard_deviations_and_expected_improvement_is_its_integral():
     y = np.array([0.0, 1.0, 2.0, 3.0])
     assert gaussian_process.predictivity(y + 0.5, y, unit=2.0) == pytest.approx((0.25, 1.0))

@@ -44,7 +44,7 @@ class Predictivity(NamedTuple):
 
 
 def fit(z: np.ndarray, y: np.ndarray, *, inducing: int = 500, seed: int = 0) -> Fitted:
-    """A process from z [R, D] to y [R]; `inducing` rows of them, drawn by `seed`, carry it (all where there are fewer).
+    """A process from z [R, D] to y [R]; `inducing` rows of them, each different and drawn by `seed`, carry it (all where there are fewer).
 
     Raises ValueError for fewer than two rows, for values that are all alike, and for numbers that are not finite.
     """
@@ -54,7 +54,9 @@ def fit(z: np.ndarray, y: np.ndarray, *, inducing: int = 500, seed: int = 0) -> 
     spread = float(np.sqrt(z.var(0).sum())) or 1.0
     centre = (float(y.mean()), float(y.std()))
     scaled, target = z / spread, (y - centre[0]) / centre[1]
-    chosen = np.random.default_rng(seed).permutation(len(z))[:inducing]
+    # Of equal rows one: pairs of equal values are what the likeliest process would explain, by a length of nothing.
+    different = np.sort(np.unique(scaled, axis=0, return_index=True)[1])
+    chosen = np.random.default_rng(seed).permutation(different)[:inducing]
     variance, length, noise = _hyperparameters(scaled[chosen], target[chosen])
     points = scaled[chosen]
     between = _covariance(points, points, variance, length) + JITTER * variance * np.eye(len(points))
