@@ -606,7 +606,7 @@ def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_trainin
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny = [*TINY, "--steps", "60", "--save-every", "2", "--log-every", "20", "--schedule", "constant"]
-    words = ["linear_gaussian", *tiny, "--out", "out", "--models", "meme", "mmvae", "--seeds", "0", "1"]
+    words = ["linear_gaussian", *tiny, "--out", "out", "--models", "meme", "mmvae", "--seeds", "0"]
     process = forkserver().Process(target=command.main, args=("compare", words))
     process.start()
     run = Path("out/runs/meme-seed0")
@@ -621,8 +621,8 @@ def test_a_real_comparison_that_is_killed_goes_on_to_what_an_undisturbed_trainin
     alone, inside = (json.loads((folder / "results.json").read_text()) for folder in (Path("alone/run"), run))
     assert alone == inside
     table = json.loads(Path("out/table.json").read_text())
-    assert all(run["values"] is not None for run in table["runs"]) and len(table["runs"]) == 4
-    assert {(test["model"], test["count"]) for test in table["tests"]} == {("mmvae", 2)}
+    assert all(run["values"] is not None for run in table["runs"]) and len(table["runs"]) == 2
+    assert {(test["model"], test["count"]) for test in table["tests"]} == {("mmvae", 1)}
     assert Path("out/figures/cross-generation.png").stat().st_size > 5000
     before = Path("out/table.json").read_bytes()
     assert command.main("compare", ["--report-only", "out"]) == 0 and Path("out/table.json").read_bytes() == before
