@@ -26,8 +26,10 @@ def chosen(word: str, known: Sequence[str], what: str, where: str) -> str:
 def recipe_named(word: str) -> str:
     """The recipe that a word names: one of the table, or FILE.py:FUNCTION, with the file's whole path. Raises ValueError as `chosen`."""
     from meme_dist.recipes import RECIPES
-    from meme_dist.recipes.named import is_own, whole
+    from meme_dist.recipes.named import SUFFIX, is_own, whole
 
+    if word.endswith(SUFFIX):
+        raise ValueError(f"{word}: expected a file and a function in it that returns a Recipe, {word}:FUNCTION")
     return whole(word) if is_own(word) else chosen(word, list(RECIPES), "recipe", f"{PROGRAM} recipes")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from meme_dist import stored
 from meme_dist.cli import main
-from meme_dist.compare import cells
+from meme_dist.compare import cells, command
 from meme_dist.recipes.named import recipe_of, short
 
 SOURCE = '''
@@ -80,8 +80,20 @@ def test_a_plan_names_it_by_its_whole_path(own: Path) -> None:
     assert plan.recipe == f"{own}/code/own.py:mine" and [cell.keywords["hidden"] for cell in plan.cells()] == [9]
 
 
+def test_it_is_compared_and_ablated_though_its_objective_is_none_of_the_names(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[cells.Plan] = []
+    monkeypatch.setattr(command, "run_plan", lambda plan, *_, **__: plans.append(plan) or 0)
+    assert main("compare code/own.py:mine --vary hidden=4,5 --out out".split()) == 0
+    assert main("ablate code/own.py:mine --part hidden=6 --out out".split()) == 0
+    compared, ablated = plans
+    assert list(compared.models) == ["own-mine"] and [cell.keywords["hidden"] for cell in compared.cells()[::3]] == [4, 5]
+    assert ablated.cells()[-1].keywords["hidden"] == 6
+    assert main("ablate code/own.py:mine --out out".split()) == 2  # the default parts are MEME's
+
+
 def test_what_is_no_recipe_is_refused_in_words(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, words in (
+        ("code/own.py", "expected a file and a function in it that returns a Recipe, code/own.py:FUNCTION"),
         ("code/gone.py:mine", "gone.py: expected a Python file with a recipe, found none"),
         ("code/own.py:yours", "expected a function 'yours' that returns a Recipe, got none"),
         ("code/own.py:nothing", "expected a function 'nothing' that returns a Recipe, got 3"),

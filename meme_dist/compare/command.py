@@ -26,6 +26,7 @@ from meme_dist.compare.tabulation import RUNS, measured
 from meme_dist.data.source import absolute
 from meme_dist.flags import PROGRAM, STYLE, recipe_flags, recipe_named, value_of
 from meme_dist.recipes.keywords import flatten
+from meme_dist.recipes.named import short
 from meme_dist.record import write_json
 from meme_dist.supervise import progress
 from meme_dist.train.signals import SAVED
@@ -106,8 +107,9 @@ def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, con
     Raises ValueError, and starts nothing, for what the recipe refuses and for a run of other keywords in the folder.
     """
     common = _common(arguments)
-    texts = asked.models or (str(common.get("objective", recipe)),)
+    texts = asked.models or ([common["objective"]] if "objective" in common else [])
     models = _distinct("models", (cells.model_of(recipe, text) for text in texts), "NAME=MODEL gives one")
+    models = models or {short(recipe): {}}  # a recipe with an objective of its own
     plan = _plan(recipe, common, asked, models=models, reference=asked.reference)
     return run_plan(plan, asked, console=console)
 
@@ -115,8 +117,8 @@ def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, con
 def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, console: Console) -> int:
     """Run and report the base and every part changed alone; statuses and errors as for `compare`."""
     common = _common(arguments)
-    if not asked.part and common["objective"] != "meme":
-        raise ValueError(f"ablate: these parts are MEME's, and the base is {common['objective']!r}; name parts of it with --part")
+    if not asked.part and (base := common.get("objective", short(recipe))) != "meme":
+        raise ValueError(f"ablate: these parts are MEME's, and the base is {base!r}; name parts of it with --part")
     parts = [pair for text in asked.part or parts_of_meme(common) for pair in cells.part_of(recipe, text, common).items()]
     models = _distinct("parts", [(BASE, {}), *parts], "NAME:KEYWORD=VALUE gives one")
     plan = _plan(recipe, common, asked, models=models, reference=BASE, kind="ablation")
