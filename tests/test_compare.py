@@ -382,6 +382,29 @@ def test_every_cell_is_run_once_and_running_again_changes_no_byte(home: Path, sh
     assert pretend(home, more, shards) == 0 and calls(home)[6:] == ["train meme-seed3", "train few-seed3"]
 
 
+def test_a_dry_run_tells_how_far_every_run_is_and_touches_nothing(
+    home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(out: Path) -> list[str]:
+        assert command.run_plan(plan, Running(out=out, dry_run=True), console=Console(width=200)) == 0
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1")
+    assert told(home)[-1] == "0 of 4 are measured; nothing was started" and not home.exists()
+    monkeypatch.setenv("PRETEND_FAIL", "few-seed1")
+    assert pretend(home, plan, shards) == 1
+    (home / "runs" / "meme-seed1" / "results.json").unlink()
+    unfinished = home / "runs" / "few-seed1"
+    unfinished.mkdir(exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    expected = ["measured meme-seed0", "measured few-seed0", "trained, not measured meme-seed1", "not begun few-seed1"]
+    assert told(home) == [*expected, "", "2 of 4 are measured; nothing was started"]
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+    with pytest.raises(ValueError, match="samples"):
+        other = plan_of("--models", "meme", "few=meme:samples=2", "--seeds", "0", "1")
+        command.run_plan(other, Running(out=home, dry_run=True), console=QUIET)
+
+
 def test_a_failed_run_is_named_with_its_last_lines_and_nothing_else_is_lost(
     home: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,8 @@ def parts_of_meme(base: Mapping[str, Any]) -> list[str]:
 def run_plan(plan: Plan, running: Running, *, console: Console, gradient_draws: int = 0) -> int:
     """Keep the plan in the folder, run what is not there yet, and report; returns the exit status."""
     folder = running.out
+    if running.dry_run:
+        return _tell(Runner(plan, running, console=console), console=console)
     with Runner(plan, running, console=console) as runner:
         write_json(folder / cells.FILE, dataclasses.asdict(plan))
         status = runner.run()
@@ -159,6 +161,16 @@ def report_only(folder: Path, *, console: Console) -> int:
     plan = cells.load(folder / cells.FILE)
     console.print(f"report  {path}", soft_wrap=True)
     return 0 if all(measured(folder / RUNS / cell.folder, cell.keywords["steps"]) for cell in plan.cells()) else 1
+
+
+def _tell(runner: Runner, *, console: Console) -> int:
+    """What `--dry-run` prints: how far every run is."""
+    runner.check()
+    told = [(runner.how_far(cell), cell.folder) for cell in runner.cells]
+    for how_far, name in told:
+        console.print(f"{how_far:>24}  {name}", markup=False, soft_wrap=True)
+    console.print(f"\n{sum(how_far == 'measured' for how_far, _ in told)} of {len(told)} are measured; nothing was started")
+    return 0
 
 
 def _check_words(words: Sequence[str]) -> None:

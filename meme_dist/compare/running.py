@@ -37,6 +37,7 @@ from meme_dist.supervise import POLL, Attempt, Launch, progress, verdict
 from meme_dist.train.signals import ECHO, EXITS, SAVED, told
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
+UNFINISHED = f"{record.FILE}.tmp"
 JUDGE = "judge"  # names the run whose rows train the classifiers
 THREADS = "OMP_NUM_THREADS"
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -57,6 +58,8 @@ class Running:
     launch: str = ""
     """What starts each run instead of this Python, "accelerate launch --config_file FILE"; with several jobs, launches on one machine need
     ports of their own."""
+    dry_run: bool = False
+    """Say how far each run is, and start nothing."""
 
 
 class Task(NamedTuple):
@@ -99,11 +102,26 @@ class Runner:
         self._failed: set[str] = set()
         self._active: list[Attempted] = []
 
-    def __enter__(self) -> "Runner":
+    def check(self) -> None:
+        """Refuse what could not go on in this folder: another judge, a run of other keywords or of more steps, files that are no run."""
         cells.check_split(self.plan)
         self._check_judge()
         for cell in self.cells:
             self._check(cell)
+
+    def how_far(self, cell: Cell) -> str:
+        """A cell's state in words."""
+        steps, reached = cell.keywords["steps"], progress(self.path(cell))
+        if self._is(cell, "measured"):
+            return "measured"
+        if reached < 0:
+            return "not begun"
+        return "trained, not measured" if reached >= steps else f"at step {reached:,} of {steps:,}"
+
+    def __enter__(self) -> "Runner":
+        self.check()
+        for cell in self.cells:
+            self._clear(cell)
         for name in (RUNS, LOGS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w", encoding="ascii")
@@ -145,7 +163,7 @@ class Runner:
         return self.folder / RUNS / cell.run
 
     def _check(self, cell: Cell) -> None:
-        """Refuse a run of other keywords, or of more steps; clear away what a process left that was killed before it wrote its record."""
+        """Refuse a run of other keywords, or of more steps."""
         folder = self.path(cell)
         if (folder / record.FILE).is_file():
             old = record.load(folder)
@@ -158,10 +176,14 @@ class Runner:
                     f"{folder}: was trained for {reached} steps, more than the {cell.keywords['steps']} it is asked for; "
                     f"give --steps {reached} or more. Or compare in another folder: --out FOLDER"
                 )
-        elif folder.is_dir():
-            (folder / f"{record.FILE}.tmp").unlink(missing_ok=True)
-            if any(folder.iterdir()):
-                raise ValueError(f"{folder}: expected a run, found files without {record.FILE}; move the folder away")
+        elif folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
+            raise ValueError(f"{folder}: expected a run, found files without {record.FILE}; move the folder away")
+
+    def _clear(self, cell: Cell) -> None:
+        """Clear away what a process left that was killed before it wrote its record."""
+        folder = self.path(cell)
+        if folder.is_dir() and not (folder / record.FILE).is_file():
+            (folder / UNFINISHED).unlink(missing_ok=True)
             folder.rmdir()
 
     def _is(self, cell: Cell, state: Literal["trained", "measured"]) -> bool:
