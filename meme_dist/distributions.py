@@ -65,10 +65,6 @@ class DiagNormal(NamedTuple):
         """Log density, summed over D; broadcasts over leading axes."""
         return _cross.normal(z, self.mean, self.scale)
 
-    def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
-        """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
-        return _cross.table(z, self.mean, self.scale, "normal")
-
     def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
         """log of the even mixture of these M components [M, D] at each z."""
         return _mixture.mixture_log_prob(z, self.mean, self.scale)
@@ -100,10 +96,6 @@ class DiagLaplace(NamedTuple):
     def log_prob(self, z: Float[Tensor, "*samples D"]) -> Float[Tensor, "*samples"]:
         """Log density, summed over D; broadcasts over leading axes."""
         return _cross.laplace(z, self.mean, self.scale)
-
-    def cross_log_prob(self, z: Float[Tensor, "N K B D"]) -> Float[Tensor, "N N K B"]:
-        """log q_j(z[i, k, b]) for stacked posteriors [N, B, D]: axes source i, posterior j, sample, row."""
-        return _cross.table(z, self.mean, self.scale, "laplace")
 
     def mixture_log_prob(self, z: Float[Tensor, "rows D"]) -> Float[Tensor, " rows"]:
         """log of the even mixture of these M components [M, D] at each z."""
@@ -150,7 +142,8 @@ class Mixture(NamedTuple):
 
     def log_prob(self, z: Float[Tensor, "K B D"]) -> Float[Tensor, "K B"]:
         """log sum_n weight_n q_n(z)."""
-        table = self.components.cross_log_prob(z[None].expand(len(self.present), *z.shape))[0]  # [N, K, B]
+        experts = zip(self.components.mean, self.components.scale, strict=True)
+        table = torch.stack([type(self.components)(mean, scale).log_prob(z) for mean, scale in experts])  # [N, K, B]
         return mixture_of(table, self._members().unsqueeze(1))
 
     def _members(self) -> Bool[Tensor, "N B"]:

@@ -3,7 +3,7 @@
 The result of `measure` (every estimate is {"value", "low", "high", "count"}: a 95 % interval and what it was measured on; null where
 nothing could be measured; entries that were not asked for are absent):
 
-    classifiers          {modality: estimate}                    accuracy on real test data, which caps the coherence towards it
+    classifiers          {modality: estimate}                    accuracy on real test data: a reference of coherence, no bound
     cross_coherence      [{"sources": [...], "target", estimate}]
     coherence_by_inputs  [{"inputs": n, "target" (null: all), "pairs", estimate, "ceiling", "sampling_ceiling" where they are known}]
                          means over pairs of n sources and a target; the interval knows that pairs share rows
@@ -21,7 +21,7 @@ nothing could be measured; entries that were not asked for are absent):
     correlation          [{"embedding": "plain" | "average" | "sif", "modalities": [a, b], "components", "canonical": the strongest on
                            training rows, and estimates "real", "a>b" (b made from a), "b>a", "prior"}]
     information          [{"sources": [...] (null: real data), "target", estimate in nats}]
-    left_out             {name: why}                             what this data set cannot be asked
+    left_out             {name: why}                             what this data set cannot be asked, and what came out as no number
     step, split, classes, seed
 """
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from meme_dist import results
 from meme_dist.data.fields import Field
+from meme_dist.data.stream import Evaluation
 from meme_dist.metrics import cca
 from meme_dist.metrics.clustering import clustering
 from meme_dist.metrics.coherence import cross_key, joint_coherence, joint_key, source_sets
@@ -42,7 +43,7 @@ from meme_dist.metrics.latents import Latents, collect
 from meme_dist.metrics.likelihood import Query, likelihood_key, queries
 from meme_dist.metrics.probes import Fit, fit_linear, latent_accuracy
 from meme_dist.metrics.relatedness import relatedness
-from meme_dist.metrics.rows import Classify, Embed, Judge, Metric, device_of, evaluating, on_device
+from meme_dist.metrics.rows import Classify, Embed, Judge, Metric, device_of, evaluating, joined, judges_of, on_device
 from meme_dist.metrics.sentences import Sentences, average, captions, sif
 from meme_dist.objectives.base import Objective
 from meme_dist.results import Ceilings
@@ -113,8 +114,15 @@ class Measures:
     imputation_rows: int = 100  # test rows
     imputation_draws: int = 39  # a row: 39 or 199, whose intervals end at a draw
     correlation_components: int = 0  # of CCA between modalities; 40 in Shi et al. 2019
-    information_rows: int = 0  # training rows for the classifiers' last layers, and test rows
+    information_rows: int = 0  # rows that the classifiers learnt from, for their last layers, and test rows
     seed: int = 0
+
+
+class Learnt(NamedTuple):
+    """What classifiers learnt from: batches of those rows, and how many of them hold each modality."""
+
+    batches: Iterable[Batch]
+    rows: Mapping[str, float]
 
 
 class Measured(NamedTuple):
@@ -133,6 +141,7 @@ def measure(
     classes: Sequence[str],
     classifiers: Mapping[str, Classify],
     measures: Measures,
+    learnt: Learnt | None = None,
     embedders: Mapping[str, Embed] | None = None,
     fit: Fit = fit_linear,
     reduce: Reduce = alone,
@@ -141,31 +150,36 @@ def measure(
 ) -> Measured:
     """Everything `measures` asks for; collective: each rank calls it with its part of `train` and `test` and gets the whole result.
 
-    What needs labels is left out, with the reason, where the data set has no classes. Modalities without a classifier are no targets of
-    coherence. `embedders`: features for Frechet distances and correlations, by default those of the images' classifiers.
+    What needs labels is left out, with the reason, where the data set has less than two classes. Modalities without a classifier are no
+    targets of coherence. `learnt`: what the classifiers learnt from, which mutual information needs. `embedders`: features for Frechet
+    distances and correlations, by default those of the images' classifiers.
     """
-    classifiers = classifiers if classes else {}
-    judges = {name: judge for name, judge in classifiers.items() if isinstance(judge, Judge)}
+    classifiers = classifiers if len(classes) > 1 else {}
+    judges = judges_of(classifiers, fields)
     if embedders is None:
         embedders = {name: judge.features for name, judge in judges.items() if fields[name].kind == "image"}
     parts = _parts(objective, list(fields), fields, classifiers, embedders, measures)
-    if measures.information_rows and judges:
-        parts.append(_information(objective, train, list(fields), judges, measures.information_rows, reduce))
-    left_out = _left_out(measures, fields, classes, embedders, judges)
+    if measures.information_rows and judges and learnt:
+        parts.append(_information(objective, learnt, list(fields), judges, measures.information_rows, reduce))
+    left_out = _left_out(measures, fields, classes, classifiers, judges, embedders) | _unlearnt(measures, classifiers, judges, learnt)
     if measures.correlation_components:
         part, unfit = _correlation(objective, train, fields, embedders, measures.correlation_components, reduce)
         parts.append(part)
         left_out |= unfit
     metrics = [metric for part in parts for metric in part.metrics]
     sums = evaluate(objective, test, metrics, reduce=reduce) if metrics else {}
-    found = {name: entry for part in parts for name, entry in part.entries(sums).items()}
+    entries = [part.entries(sums) for part in parts]
     if len(classifiers) > 1 and measures.joint_draws:
         with evaluating(objective):
             part = joint_coherence(objective, classifiers, num=measures.joint_draws, seed=measures.seed, rank=rank, world=world)
-        found |= results.joint_entries(reduce_sums(part, reduce), classifiers)
+        entries.append(results.joint_entries(reduce_sums(part, reduce), classifiers))
     latents, from_latents = _from_latents(objective, train, test, classes, measures, fit, reduce)
-    about = {"classes": list(classes), "seed": measures.seed}
-    return Measured({**about, **found, **from_latents, **({"left_out": left_out} if left_out else {})}, latents)
+    found: dict[str, Any] = {"classes": list(classes), "seed": measures.seed}
+    for entry in (*entries, from_latents):
+        left_out |= entry.pop("left_out", {})
+        found |= entry
+    left_out |= results.not_finite(found)
+    return Measured(found | ({"left_out": left_out} if left_out else {}), latents)
 
 
 def _parts(
@@ -193,11 +207,17 @@ def _parts(
     return parts
 
 
+def _first(batches: Iterable[Batch], rows: int) -> Iterable[Batch]:
+    """What holds the first rows; a split need not be read to its end."""
+    return batches.first(rows) if isinstance(batches, Evaluation) else batches
+
+
 def _information(
-    objective: Objective, train: Iterable[Batch], names: Sequence[str], judges: Mapping[str, Judge], rows: int, reduce: Reduce
+    objective: Objective, learnt: Learnt, names: Sequence[str], judges: Mapping[str, Judge], rows: int, reduce: Reduce
 ) -> results.Part:
-    learnt = evaluate(objective, train, [curvatures(judges, rows=rows)], reduce=reduce)
-    layers = {name: last_layer(judge.head, learnt[f"information/curvature/{name}"]) for name, judge in judges.items()}
+    sums = evaluate(objective, _first(learnt.batches, rows), [curvatures(judges, rows=rows)], reduce=reduce)
+    of = {name: sums[f"information/curvature/{name}"] for name in judges}
+    layers = {name: last_layer(judge.head, of[name], rows=learnt.rows[name]) for name, judge in judges.items()}
     return results.informations(judges, layers, names, rows=rows)
 
 
@@ -227,8 +247,9 @@ def _left_out(
     measures: Measures,
     fields: Mapping[str, Field],
     classes: Sequence[str],
-    embedders: Mapping[str, Embed],
+    classifiers: Mapping[str, Classify],
     judges: Mapping[str, Judge],
+    embedders: Mapping[str, Embed],
 ) -> dict[str, str]:
     labels = {
         "cross_coherence": measures.coherence_sources,
@@ -237,12 +258,28 @@ def _left_out(
         "clustering": measures.clustering_rows,
         "information": measures.information_rows,
     }
-    found = {} if classes else {name: "needs class labels, and this data set has none" for name, wanted in labels.items() if wanted}
-    if measures.frechet_rows and not embedders and any(one.kind == "image" for one in fields.values()):
-        found["frechet"] = "needs features of images: labels, so that classifiers can be trained, or embedders given to `measure`"
-    if classes and measures.information_rows and not judges:
-        found["information"] = "needs classifiers that end in a linear layer"
+    why = "two classes or more, and this data set has one" if classes else "class labels, and this data set has none"
+    found = {name: f"needs {why}" for name, wanted in labels.items() if wanted and len(classes) < 2}
+    unseen = [name for name, one in fields.items() if one.kind == "image" and name not in embedders]
+    if measures.frechet_rows and unseen:
+        found["frechet"] = (
+            f"of {', '.join(unseen)}: needs a classifier that ends in a linear layer, or an embedder given to `measure`"
+            if classifiers
+            else "needs features of images: labels, so that classifiers can be trained, or embedders given to `measure`"
+        )
     return found
+
+
+def _unlearnt(
+    measures: Measures, classifiers: Mapping[str, Classify], judges: Mapping[str, Judge], learnt: Learnt | None
+) -> dict[str, str]:
+    """Why mutual information is not measured of some of these classifiers, or of none."""
+    headless = [name for name in classifiers if name not in judges]
+    if not classifiers or not measures.information_rows:
+        return {}
+    if headless:
+        return {"information": f"of {', '.join(headless)}: needs a classifier that ends in a linear layer"}
+    return {} if learnt else {"information": "needs the rows that the classifiers learnt from, given to `measure`"}
 
 
 def _from_latents(
@@ -254,17 +291,23 @@ def _from_latents(
     fit: Fit,
     reduce: Reduce,
 ) -> tuple[Latents | None, dict[str, Any]]:
-    probed, clustered = (rows if classes else 0 for rows in (measures.probe_rows, measures.clustering_rows))
+    probed, clustered = (rows if len(classes) > 1 else 0 for rows in (measures.probe_rows, measures.clustering_rows))
     rows = max(probed, clustered, measures.relatedness_rows)
     if not rows:
         return None, {}
     alone = [(name,) for name in objective.modalities]
-    latents = collect(objective, test, rows=rows, sources=[*alone, *([tuple(objective.modalities)] if clustered else [])], reduce=reduce)
-    found: dict[str, Any] = {}
+    sources = [*alone, *([tuple(objective.modalities)] if clustered else [])]
+    table = collect(objective, _first(test, rows), rows=rows, sources=sources, reduce=reduce)
+    latents, why = table.finite(), "some are not finite; is the model trained?"
+    left_out = {f"latents of {joined(names)}": why for names in table.posteriors if names not in latents.posteriors}
+    found: dict[str, Any] = {"left_out": left_out}
     if probed:
-        learnt = collect(objective, train, rows=probed, reduce=reduce)
-        accuracy = latent_accuracy(learnt, latents, classes=len(classes), fit=fit)
-        found["latent_accuracy"] = [{"sources": list(names), **estimate.json()} for names, estimate in accuracy.items()]
+        learnt = collect(objective, _first(train, probed), rows=probed, reduce=reduce).finite()
+        if bool((learnt.label >= 0).any()):
+            accuracy = latent_accuracy(learnt, latents, classes=len(classes), fit=fit)
+            found["latent_accuracy"] = [{"sources": list(names), **estimate.json()} for names, estimate in accuracy.items()]
+        else:
+            left_out["latent_accuracy"] = "needs class labels, and no training row has one"
     if clustered:
         found |= results.clustered(clustering(latents.first(clustered), classes=len(classes), seed=measures.seed))
     if measures.relatedness_rows:

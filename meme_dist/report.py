@@ -29,7 +29,7 @@ from meme_dist.types import Batch
 RUN, LOG, RESULTS, FIGURES, REPORT = "run.json", "metrics.jsonl", "results.json", "figures", "report.md"
 COLUMNS = 10  # of a grid
 POINTS = 400  # of a modality in the latent map
-USUAL = {"split": "test", "checkpoint": "last", "pool": "own", "prior": "own", "judge": None}  # as the end of a training is measured
+USUAL = {"split": "test", "checkpoint": "last", "pool": "own", "prior": "own", "judge": None, "likelihoods": None}  # after a training
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------------------------
@@ -58,8 +58,8 @@ def illustrate(
     if any("loss" in line for line in log):
         figures.loss_curves(place / "loss.png", log)
     if any(figures.is_coherence(name) for line in log for name in line):
-        ceilings = {name: entry["value"] for name, entry in measured.results.get("classifiers", {}).items() if entry["value"] is not None}
-        figures.coherence_curves(place / "coherence.png", log, ceilings)
+        real = {name: entry["value"] for name, entry in measured.results.get("classifiers", {}).items() if entry["value"] is not None}
+        figures.coherence_curves(place / "coherence.png", log, real)
 
 
 def _draw_grids(place: Path, objective: Objective, batch: Batch, fields: Mapping[str, Field], seed: int) -> None:
@@ -166,7 +166,8 @@ def _summary(run: Mapping[str, Any], results: Mapping[str, Any], log: Sequence[M
     cross = [entry["value"] for entry in results.get("cross_coherence", []) if entry["value"] is not None]
     if cross:
         said.append(f"cross coherence {min(cross):.3f} to {max(cross):.3f}")
-    return "; ".join(said) + ". Intervals are 95 %, over rows of one run; they do not show the spread over seeds."
+    sure = "Intervals are 95 %, over rows of one run as if independent; they show neither the spread over seeds nor that of other images."
+    return f"{'; '.join(said)}. {sure}"
 
 
 def _what_ran(run: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ Ceilings = Mapping[str, Mapping[int, float]]
 
 
 class Part(NamedTuple):
-    """Metrics of the test rows, and what their sums, over all ranks, say as plain JSON."""
+    """Metrics of the test rows, and what their sums, over all ranks, say as plain JSON; `left_out`, with the reason, what they cannot."""
 
     metrics: Sequence[Metric]
     entries: Callable[[Mapping[str, Sums]], dict[str, Any]]
@@ -61,7 +61,7 @@ def _crosses(
     pairs = [(chosen, target) for chosen in sources for target in classifiers if own or target not in chosen]
     cross = [{"sources": list(s), "target": t, **intervals.proportion(sums[cross_key(s, t)]).json()} for s, t in pairs]
     if cross and not any(entry["count"] for entry in cross):
-        raise ValueError("cross coherence needs class labels and no test row that holds its sources has one; write the shards with labels")
+        return {"left_out": {"cross_coherence": "needs class labels, and no test row that holds its sources has one"}}
     found: dict[str, Any] = {"cross_coherence": cross} if cross else {}
     by_inputs = []
     for line in coherence_by_inputs(sums, sources, list(classifiers)):
@@ -96,7 +96,7 @@ def _likelihood(sums: Mapping[str, Sums], query: Query, num: int, fields: Mappin
     estimate = _mean(sums, likelihood_key(query, num))
     size = sum(math.prod(fields[name].shape) for name in query.targets)
     entry = {"targets": list(query.targets), "given": list(query.given), "samples": num, **estimate.json()}
-    return {**entry, "per_dimension": estimate.value / size if estimate.count else None}
+    return {**entry, "per_dimension": estimate.value / size if math.isfinite(estimate.value) else None}
 
 
 def imputations(objective: Objective, sources: Sequence[Sources], *, rows: int, draws: int) -> Part:
@@ -117,8 +117,10 @@ def _imputed(sums: Mapping[str, Sums], pattern: Pattern, target: str, measured: 
     entry["count"] = next(iter(estimates.values())).count
     if "squared_error" in estimates:
         entry |= {"rmse": _root(estimates["squared_error"]).json(), "mae": estimates["absolute_error"].json()}
-    entry |= {name: estimates[name].json() for name in ("accuracy", "log_likelihood", "crps") if name in estimates}
-    covered = {f"{level:.0%}": estimates[f"coverage@{level}"].json() for level in LEVELS if f"coverage@{level}" in estimates}
+    entry |= {"accuracy": intervals.within(estimates["accuracy"]).json()} if "accuracy" in estimates else {}
+    entry |= {name: estimates[name].json() for name in ("log_likelihood", "crps") if name in estimates}
+    shares = {level: estimates[f"coverage@{level}"] for level in LEVELS if f"coverage@{level}" in estimates}
+    covered = {f"{level:.0%}": intervals.within(share).json() for level, share in shares.items()}
     return entry | ({"coverage": covered} if covered else {})
 
 
@@ -163,7 +165,7 @@ def correlated(fitted: Mapping[str, tuple[Mapping[Pair, Projection], Mapping[str
         found = []
         for variant, (projections, views) in fitted.items():
             for pair, projection in projections.items():
-                estimates = {made: _mean(sums, cca_key(variant, pair, made)).json() for made in makings(pair)}
+                estimates = {made: intervals.within(_mean(sums, cca_key(variant, pair, made)), -1.0).json() for made in makings(pair)}
                 strongest = float(projection.correlation[0]) if len(projection.correlation) else None
                 embedding = variant if any(isinstance(views[name], Sentences) for name in pair) else "plain"
                 about = {"embedding": embedding, "modalities": list(pair), "components": len(projection.correlation)}
@@ -193,3 +195,27 @@ def _related(one: Relatedness) -> dict[str, Any]:
         matrix = [[None if np.isnan(value) else float(value) for value in row] for row in one.class_matrix]
         found |= {"auroc_class": one.auroc_class.json(), "class_matrix": matrix, "linkage": linkage_json(one.linkage)}
     return found
+
+
+# ---- what came out as no number ---------------------------------------------------------------------------------------------------------
+
+
+def not_finite(found: Mapping[str, Any]) -> dict[str, str]:
+    """Why values are null although there were rows to measure them on: a line for each measurement that has such, as in `left_out`."""
+    told = {}
+    for name, entry in found.items():
+        values = [estimate["value"] for estimate in _estimates(entry)]
+        if missing := values.count(None):
+            told[f"{missing} of {len(values)} values of {name}"] = "they are not finite; is the model trained?"
+    return told
+
+
+def _estimates(entry: Any) -> Iterator[Mapping[str, Any]]:
+    """Every estimate in plain JSON that had rows enough for a value: one, or for a distance two on either side."""
+    if isinstance(entry, Mapping):
+        if "value" in entry and min(entry["count"], entry.get("real", 2) - 1) > 0:
+            yield entry
+        entry = list(entry.values())
+    if isinstance(entry, list):
+        for part in entry:
+            yield from _estimates(part)

@@ -76,6 +76,8 @@ def _ratio(mean: Tensor, variance: Tensor, draws: int) -> Ratio:
 def signal_to_noise(objective: MEME, batch: Batch, *, draws: int, samples: Sequence[int] = SAMPLES) -> list[dict[str, Any]]:
     """For every K, with and without the gradient of the weights: {"samples", "stop_gradient", "network", "pooled", "coordinates", "floor"}.
 
+    Networks whose gradient is the same in all draws, as where nothing reaches them, or not finite, have no ratio and are left out.
+
     The estimator is `rao_blackwell` throughout, where nothing but the posterior samples is drawn. The objective's own settings, and the
     gradients that it holds, are afterwards what they were. Networks run in the mode that the objective is in.
     """
@@ -84,7 +86,8 @@ def signal_to_noise(objective: MEME, batch: Batch, *, draws: int, samples: Seque
         for stop in (True, False):
             with _set(objective, samples=number, stop_gradient=stop, estimator="rao_blackwell"):
                 made = ratios(_gradient(objective, batch, draw) for draw in range(draws))
-            found += [{"samples": number, "stop_gradient": stop, "network": name, **ratio._asdict()} for name, ratio in made.items()]
+            known = {name: ratio for name, ratio in made.items() if all(map(math.isfinite, ratio))}
+            found += [{"samples": number, "stop_gradient": stop, "network": name, **ratio._asdict()} for name, ratio in known.items()]
     return found
 
 

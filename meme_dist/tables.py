@@ -41,11 +41,11 @@ def _cross_table(results: Mapping[str, Any]) -> str:
     targets = list(dict.fromkeys([*real, *(entry["target"] for entry in entries)]))
     cells = {(tuple(entry["sources"]), entry["target"]): estimate(entry) for entry in entries}
     lines = [[" + ".join(chosen), *(cells.get((chosen, t), "") for t in targets)] for chosen in dict.fromkeys(s for s, _ in cells)]
-    ceiling = [["*real data (ceiling)*", *(estimate(real[t]) if t in real else "" for t in targets)]]
+    reference = [["*real data*", *(estimate(real[t]) if t in real else "" for t in targets)]]
     return (
         f"## Cross coherence\n\nShare of {_rows(results)} in which the generated modality shows the row's class, as a classifier of real "
-        "data sees it. The last line is that classifier on the real data of those rows.\n\n"
-        + table(["from", *(f"to {t}" for t in targets)], lines + ceiling)
+        "data sees it. The last line is that classifier on the real data of those rows: a reference and no bound, since what is made can "
+        "be more typical of its class than what is real.\n\n" + table(["from", *(f"to {t}" for t in targets)], lines + reference)
     )
 
 
@@ -82,6 +82,7 @@ def _likelihood_table(results: Mapping[str, Any]) -> str:
         cells.setdefault(key, {})[entry["samples"]] = estimate(entry, digits=1)
     lines = [[*key, *(found.get(num, "") for num in samples)] for key, found in cells.items()]
     said = f"Lower bounds of the log-likelihood of {_rows(results)}, nats a row, importance-weighted with K samples (higher is better)."
+    said += f" Under this prior they are {results['likelihoods']}." if "likelihoods" in results else ""
     return f"## Log-likelihood\n\n{said}\n\n" + table(["of", "given", *(f"K = {num}" for num in samples)], lines)
 
 

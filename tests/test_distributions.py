@@ -1,6 +1,7 @@
 """Laws of the posteriors and likelihoods, against torch.distributions, scipy and Monte Carlo."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -36,15 +37,6 @@ def test_kl_equals_monte_carlo_and_is_zero_only_for_equals(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cross_table_equals_every_posterior_asked_alone(family):
-    q, z = draw_posterior(family, 3, 5, 2), torch.randn(3, 4, 5, 2, dtype=torch.float64)
-    table = q.cross_log_prob(z)
-    for i in range(3):
-        for j in range(3):
-            torch.testing.assert_close(table[i, j], family(q.mean[j], q.scale[j]).log_prob(z[i]))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_component_mixture_equals_torch_also_at_tiny_scales(family):
     q = draw_posterior(family, 70, 3)
     q = family(q.mean.float(), torch.where(torch.rand(70, 3) < 0.3, 1e-3, q.scale.float()))
@@ -65,6 +57,21 @@ def test_row_mixture_moments_density_and_draws_agree():
         parts = reference.Independent(reference.Normal(q.mean[kept, row], q.scale[kept, row]), 1)
         even = reference.MixtureSameFamily(reference.Categorical(logits=torch.zeros(int(kept.sum()))), parts)
         torch.testing.assert_close(mixture.log_prob(z[:50])[:, row], even.log_prob(z[:50, row]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_of_n_experts_evaluates_n_densities_those_of_the_whole_table(family, monkeypatch):
+    experts, z, asked = draw_posterior(family, 5, 4, 3), torch.randn(6, 4, 3, dtype=torch.float64), []
+    mixture = Mixture(experts, torch.rand(5, 4) < 0.7)
+    name = "normal" if family is DiagNormal else "laplace"
+    kernels, density = sys.modules["meme_kernels.cross_log_prob"], getattr(sys.modules["meme_kernels.cross_log_prob"], name)
+    table = kernels.table(z[None].expand(5, *z.shape), *experts, name)[0]
+    counted = lambda z, *parameters: asked.append(z.numel()) or density(z, *parameters)  # noqa: E731
+    monkeypatch.setattr(kernels, name, counted)
+    monkeypatch.setitem(kernels._DENSITIES, name, counted)
+    found = mixture.log_prob(z)
+    assert sum(asked) == 5 * z.numel()
+    assert torch.equal(found, mixture_of(table, (mixture.present | ~mixture.present.any(0)).unsqueeze(1)))
 
 
 def test_a_mixture_of_equals_is_its_component_to_the_last_digit_of_float64():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import combinations
 
 import numpy as np
@@ -44,6 +45,7 @@ from meme_dist.metrics import (
     queries,
     relatedness,
     source_sets,
+    within,
 )
 from meme_dist.metrics.relatedness import class_linkage, class_means
 from meme_dist.modality import Modality
@@ -70,11 +72,31 @@ def test_the_interval_of_a_share_is_wilsons(hits: int, count: int) -> None:
     assert found.value == hits / count and found.count == count
 
 
-def test_the_interval_of_a_mean_is_the_normal_one() -> None:
-    x = np.random.default_rng(0).normal(-700, 30, size=500)
-    expected = stats.norm.interval(0.95, x.mean(), stats.sem(x))
-    found = mean(sums(x.sum(), 500), sums((x**2).sum(), 500))
+@pytest.mark.parametrize("count", [2, 5, 500])
+def test_the_interval_of_a_mean_is_students(count: int) -> None:
+    x = np.random.default_rng(0).normal(-700, 30, size=count)
+    expected = stats.t.interval(0.95, count - 1, x.mean(), stats.sem(x))
+    found = mean(sums(x.sum(), count), sums((x**2).sum(), count))
     assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_interval_of_a_mean_of_few_rows_covers_it_as_often_as_it_says(count: int) -> None:
+    drawn = np.random.default_rng(1).normal(3, 2, size=(1500, count))
+    found = [mean(sums(x.sum(), count), sums((x**2).sum(), count)) for x in drawn]
+    assert 0.93 < np.mean([one.low < 3 < one.high for one in found]) < 0.97
+
+
+def test_no_share_of_finitely_many_rows_is_certain_and_none_leaves_its_range() -> None:
+    for share, count in ((1.0, 5), (0.0, 5), (0.8, 5), (1.0, 10_000)):
+        found = within(mean(sums(share * count, count), sums(share**2 * count, count)))
+        expected = stats.binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
+        assert found.value == pytest.approx(share) and (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert 0 <= found.low < found.high <= 1
+    wide = within(mean(sums(4.9, 5), sums(4.81, 5)))
+    assert wide.high == 1 and 0.9 < wide.low < 0.98
+    assert within(jackknife(1.0, [1.0, 1.0], count=4), -1.0)[:3] == pytest.approx((1, 2 * proportion(sums(4, 4)).low - 1, 1))
+    assert within(proportion(sums(0, 0))).count == 0
 
 
 def test_the_interval_over_runs_is_students() -> None:
@@ -498,7 +520,7 @@ def test_relatedness_is_one_for_equal_classes_and_a_half_for_strangers() -> None
     far = relatedness(
         Latents({("a",): cloud(rng, 200, label, 0.0), ("b",): cloud(rng, 200, label, 0.0)}, torch.from_numpy(label)), classes=4
     )
-    assert near["a", "b"].auroc_class == (1.0, 1.0, 1.0, 200)
+    assert near["a", "b"].auroc_class == pytest.approx(proportion(sums(200, 200)))
     strangers = far["a", "b"].auroc_class
     assert strangers is not None and strangers.low < 0.5 < strangers.high and strangers.high - strangers.low < 0.06
     unlabelled = relatedness(
@@ -598,6 +620,34 @@ def test_without_classes_what_needs_them_is_left_out_with_the_reason() -> None:
     assert len(results["relatedness"]) == 3 and "auroc_class" not in results["relatedness"][0] and results["log_likelihood"]
 
 
-def test_classes_without_a_single_labelled_row_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no test row that holds its sources has one"):
-        measured(np.full(80, -1), tuple("wxyz"))
+def test_without_a_single_labelled_row_all_else_is_measured() -> None:
+    results = measured(np.full(80, -1), tuple("wxyz")).results
+    assert results["left_out"]["cross_coherence"] == "needs class labels, and no test row that holds its sources has one"
+    assert results["left_out"]["latent_accuracy"] == "needs class labels, and no training row has one"
+    assert not {"cross_coherence", "coherence_by_inputs", "latent_accuracy"} & set(results) and results["imputation"]
+
+
+def test_one_class_says_nothing_about_classes() -> None:
+    results = measured(np.zeros(80, dtype=int), ("w",)).results
+    expected = dict.fromkeys(("cross_coherence", "joint_coherence", "latent_accuracy", "clustering"), "two classes or more, .* has one")
+    assert results["left_out"].keys() == expected.keys() and not expected.keys() & results.keys()
+    assert all(re.search(pattern, results["left_out"][name]) for name, pattern in expected.items())
+
+
+def test_every_measured_share_has_a_width_inside_its_range() -> None:
+    """The planted model is right in every row that it can be: nothing but certainty, were it not for the number of rows."""
+    results = measured(np.arange(80) % CLASSES, tuple("wxyz")).results
+    shares = [*results["classifiers"].values(), *results["cross_coherence"], *results["coherence_by_inputs"], *results["latent_accuracy"]]
+    shares += [results["joint_coherence"]["all"], *(one["nmi"] for one in results["clustering"])]
+    shares += [one[name] for one in results["relatedness"] for name in ("auroc_class", "auroc_row")]
+    shares += [share for one in results["imputation"] for share in one["coverage"].values()]
+    assert {one["value"] for one in shares} >= {0.0, 1.0}
+    assert all(0 <= one["low"] < one["high"] <= 1 for one in shares)
+    assert all(-1 <= one["ari"]["low"] < one["ari"]["high"] <= 1 for one in results["clustering"])
+
+
+def test_relatedness_of_rows_that_are_no_pairs_counts_none() -> None:
+    there, mean = torch.arange(6) < 3, torch.arange(12.0).view(6, 2)
+    table = {(name,): Posterior(mean, torch.ones(6, 2), mean, seen) for name, seen in (("a", there), ("b", ~there))}
+    found = relatedness(Latents(table, torch.full((6,), -1)))["a", "b"].auroc_row
+    assert math.isnan(found.value) and found.count == 0

@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_says_what_was_measured_and_what_ran(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert re.search(r"\| a +\| +\| 0\.500 \[0\.\d{3}, 0\.\d{3}\] \|", text)  # `b` shows two of four classes wrongly
-    assert re.search(r"\| b +\| 1\.000 \[", text) and re.search(r"ceiling\)\* \| 1\.000 \[0\.\d{3}, 1\.000\] \| 1\.000", text)
+    assert re.search(r"\| b +\| 1\.000 \[", text) and re.search(r"\*real data\* \| 1\.000 \[0\.\d{3}, 1\.000\] \| 1\.000", text)
     assert "meme-dist train digits --run 'two words'" in text and "`abc123`" in text and "keywords: latent_dim" in text
     assert "trained to step 300, where the loss was 60.0" in text and "cross coherence 0.500 to 1.000" in text
 

@@ -61,6 +61,18 @@ def test_a_gradient_of_meme_is_measured_for_every_k_with_and_without_the_weights
     assert signal_to_noise(objective, batch, draws=6, samples=(1, 4)) == found
 
 
+def test_a_network_that_learns_nothing_has_no_ratio_and_the_file_holds_numbers_alone() -> None:
+    objective = build(samples=2)
+    objective.modality("a").encoder.requires_grad_(False)
+    for parameter in objective.modality("a").decoder.parameters():  # its gradient is 0 in all draws
+        parameter.register_hook(torch.zeros_like)
+    batch = next(iter(Rows("ab", mixed("ab", 8), batch_size=8)))[0]
+    found = signal_to_noise(objective, batch, draws=3, samples=(2,))
+    networks = {entry["network"] for entry in found}
+    assert networks == {WHOLE, "a pseudo", "b encoder", "b decoder", "b pseudo"}
+    json.dumps(found, allow_nan=False)
+
+
 def test_a_training_counts_its_own_time_and_the_memory_since_it_began(tmp_path: Path) -> None:
     before = torch.ones(40_000_000)  # 160 MB that are gone before the training
     del before

@@ -3,6 +3,7 @@
 `Stream` is endless and for training; `Evaluation` is finite and gives every row once. Both read by offset and check every byte.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -133,9 +134,10 @@ class Stream:
 
 
 class Evaluation:
-    """Every row of a split exactly once over the ranks, in row order, in equally many batches on each rank.
+    """Every row of a split exactly once over the ranks, in equally many batches on each rank.
 
-    Rank r has the r-th contiguous share of the rows. Batches are always full: rows that observe nothing stand where a share ends early (a
+    Batches follow the order of rows and are dealt out in turn: batch b, the same on any number of ranks, is for rank b mod world, so that
+    what is measured on the first rows alone is shared, too. They are always full: rows that observe nothing stand behind the last one (a
     rank may have none but those). `Batch.draw` is the row's number in the split; padding rows go on counting behind the last, each its own.
     Raises ValueError and OSError as `Stream` does. `damaged` is for training rows alone: others stand in for that many of them, as in a
     stream, where every row of a test counts.
@@ -162,22 +164,27 @@ class Evaluation:
         rows = self.manifest.num_rows(split)
         self._damaged = _Budget(self.manifest, _at_most("damaged", damaged, rows // 2))
         self._reader = Reader(self.manifest, split, lenient=damaged > 0)
-        self._low, self._high = rank * rows // world, (rank + 1) * rows // world
-        self._length = -(-rows // (world * batch_size))
-        self.workers = min(_at_least_zero("workers", workers), self._length)
+        self._batches = -(-rows // batch_size)  # of all ranks
+        self.workers = min(_at_least_zero("workers", workers), len(self))
 
     def __len__(self) -> int:
         """Batches of each rank."""
-        return self._length
+        return -(-self._batches // self.world)
+
+    def first(self, rows: int) -> "Evaluation":
+        """The same, of as few batches as hold the first `rows` rows, each of them as it is here."""
+        part = copy.copy(self)
+        part._batches = min(self._batches, -(-rows // self.batch_size))
+        part.workers = min(self.workers, len(part))
+        return part
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = _Ranges(self._reader, self._low, self._high, self.batch_size, self._length, self.seed)
-        rows = self.manifest.num_rows(self.split)
-        padding = rows + self.rank * self._length * self.batch_size - self._low  # those of the ranks before come first
-        for number, part in enumerate(parts(mine, self.workers)):
+        numbers = range(self.rank, self.world * len(self), self.world)
+        rows = min(self.manifest.num_rows(self.split), self._batches * self.batch_size)
+        mine = _Batches(self._reader, numbers, rows, self.batch_size, self.seed)
+        for number, part in zip(numbers, parts(mine, self.workers), strict=True):
             self._damaged.admit(part.damaged)
-            draw = self._low + number * self.batch_size + np.arange(self.batch_size)
-            draw = np.where(draw < self._high, draw, draw - self._high + padding)
+            draw = number * self.batch_size + np.arange(self.batch_size)
             part = join([part]) if self.workers else part
             yield to_batch(part, draw=draw, seed=self.seed, single=self.single, labelled=bool(self.manifest.classes))
 
@@ -217,21 +224,20 @@ class _Shares:
             rows, raw = rows[whole:], raw[whole:]
 
 
-class _Ranges:
-    """The work of an evaluation: batch by batch the next rows, filled up at the end. Worker w of n makes batches w, w + n, ..."""
+class _Batches:
+    """The work of an evaluation: these batches of the first `rows` rows, filled up behind them. Worker w of n makes each n-th from w on."""
 
-    def __init__(self, reader: Reader, low: int, high: int, batch_size: int, length: int, seed: int):
-        self.reader, self.low, self.high, self.length, self.seed = reader, low, high, length, seed
-        self.rows, self.fields = batch_size, reader.manifest.fields
+    def __init__(self, reader: Reader, numbers: range, rows: int, batch_size: int, seed: int):
+        self.reader, self.numbers, self.rows, self.size, self.seed = reader, numbers, rows, batch_size, seed
+        self.fields = reader.manifest.fields
 
     def most(self, workers: int) -> int:
-        return self.rows
+        return self.size
 
     def parts(self, worker: int, workers: int, rooms: Iterator[Mapping[str, Tensor] | None]) -> Iterator[Part]:
-        for number, room in zip(range(worker, self.length, workers), rooms, strict=False):
-            start = min(self.high, self.low + number * self.rows)
-            rows = np.arange(start, min(self.high, start + self.rows))
-            yield fill(_decoded(self.reader, rows.tolist(), _read(self.reader, rows), self.seed, room), self.rows)
+        for number, room in zip(self.numbers[worker::workers], rooms, strict=False):
+            rows = np.arange(min(self.rows, number * self.size), min(self.rows, (number + 1) * self.size))
+            yield fill(_decoded(self.reader, rows.tolist(), _read(self.reader, rows), self.seed, room), self.size)
 
 
 def _read(reader: Reader, rows: np.ndarray) -> Sequence[Raw | Problem]:

@@ -8,7 +8,7 @@ from meme_dist.metrics.frechet import Frechet, frechet, frechet_distance, freche
 from meme_dist.metrics.generation import complete_rows, cross_generations, imputations, joint_generations
 from meme_dist.metrics.imputation import imputation
 from meme_dist.metrics.information import LastLayer, information, last_layer
-from meme_dist.metrics.intervals import Estimate, aggregate, jackknife, mean, over_runs, proportion
+from meme_dist.metrics.intervals import Estimate, aggregate, jackknife, mean, over_runs, proportion, within
 from meme_dist.metrics.latents import Latents, Posterior, collect
 from meme_dist.metrics.likelihood import Query, log_likelihood, queries
 from meme_dist.metrics.probes import fit_linear, fit_logistic, latent_accuracy
@@ -60,4 +60,5 @@ __all__ = [
     "queries",
     "relatedness",
     "source_sets",
+    "within",
 ]

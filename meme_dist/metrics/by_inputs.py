@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from meme_dist.metrics.coherence import Sources, cross_key
-from meme_dist.metrics.intervals import Estimate, jackknife, proportion
+from meme_dist.metrics.intervals import Estimate, jackknife, proportion, within
 from meme_dist.types import Sums
 
 GROUPS = 10  # of rows, for the jackknife
@@ -55,7 +54,4 @@ def _mean(sums: Mapping[str, Sums], keys: Sequence[str]) -> Estimate:
         left = (hits.sum(1, keepdims=True) - hits) / (count.sum(1, keepdims=True) - count)  # NaN where a group was all there was
     whole = math.fsum(hits.sum(1) / count.sum(1)) / len(keys)
     rows = round(float(count.sum(1).max()))
-    estimate = jackknife(whole, left.mean(0).tolist(), count=rows)
-    if estimate.low == estimate.high:  # all or nothing in every group: no spread to go by, and yet not certain
-        return proportion(Sums(torch.tensor(whole * rows), torch.tensor(rows)))
-    return estimate._replace(low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+    return within(jackknife(whole, left.mean(0).tolist(), count=rows))

@@ -53,10 +53,12 @@ class Projection(NamedTuple):
 def fit_cca(joint: Moments, size: int, *, components: int) -> Projection:
     """From the moments of [x, y], the first `size` coordinates x: whitened, then the singular value decomposition of what they share.
 
-    Raises ValueError where a side does not vary at all, and where the rows are not more than the directions in which the sides vary: then
-    some projections correlate perfectly, whatever the data.
+    Raises ValueError where embeddings are not finite, where a side does not vary at all, and where the rows are not more than the
+    directions in which the sides vary: then some projections correlate perfectly, whatever the data.
     """
     covariance = joint.covariance if joint.count > 1 else torch.zeros_like(joint.covariance)
+    if not bool(covariance.isfinite().all()):
+        raise ValueError("CCA needs finite embeddings of the training rows, got some that are not")
     white_x, white_y = _whitening(covariance[:size, :size]), _whitening(covariance[size:, size:])
     if joint.count <= (varying := white_x.shape[1] + white_y.shape[1]):
         raise ValueError(f"CCA of embeddings that vary in {varying} directions needs more than {varying} rows, got {joint.count}")

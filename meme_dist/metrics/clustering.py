@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from meme_dist.metrics.intervals import Estimate, jackknife
+from meme_dist.metrics.intervals import Estimate, jackknife, within
 from meme_dist.metrics.latents import Latents, Posterior
 
 GROUPS = 10  # of rows, for the jackknife
@@ -39,8 +39,8 @@ def _of_one(posterior: Posterior, label: np.ndarray, classes: int, seed: int) ->
         nothing = jackknife(float("nan"), [], count=0)
         return Clustering(nothing, nothing)
     cluster = k_means(posterior.mean[torch.from_numpy(rows)].double().numpy(), classes, seed=seed)
-    scores = [_estimate(score, label[rows], cluster, rows % GROUPS) for score in (adjusted_rand_score, normalized_mutual_info_score)]
-    return Clustering(*scores)
+    ari, nmi = (_estimate(score, label[rows], cluster, rows % GROUPS) for score in (adjusted_rand_score, normalized_mutual_info_score))
+    return Clustering(within(ari, -1.0), within(nmi))
 
 
 def k_means(points: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
@@ -56,5 +56,4 @@ def k_means(points: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
 def _estimate(score: Callable[[np.ndarray, np.ndarray], float], label: np.ndarray, cluster: np.ndarray, group: np.ndarray) -> Estimate:
     kept = [group != left_out for left_out in np.unique(group)]
     parts = [float(score(label[rows], cluster[rows])) for rows in kept if rows.any()]
-    whole = jackknife(float(score(label, cluster)), parts, count=len(label))
-    return whole._replace(low=max(-1.0, whole.low), high=min(1.0, whole.high))
+    return jackknife(float(score(label, cluster)), parts, count=len(label))

@@ -1,8 +1,8 @@
 """Coherence: does what the model makes show the class it should?
 
 Cross coherence (Shi et al. 2019; Joy et al. 2022, table 3): z ~ q(z | x_S), one sample; the mean of the target's likelihood at z; a
-classifier trained on real data of the target names its class; the share of rows in which that is the row's label. The classifier's own
-accuracy on real data caps the score, so report the two side by side.
+classifier trained on real data of the target names its class; the share of rows in which that is the row's label. Report it beside the
+classifier's own accuracy on real data, which is a reference and no bound: what is made can be more typical of its class than what is real.
 
 Joint coherence: z ~ p(z), all modalities decoded, the share of draws in which all the named classes agree.
 """
@@ -156,7 +156,7 @@ def _agreement(named: Mapping[str, Int[Tensor, " R"]]) -> dict[str, Sums]:
 
 
 def classifier_accuracy(classifiers: Mapping[str, Classify]) -> Metric:
-    """How often each classifier is right on REAL data, `classifier/NAME`: the ceiling of every coherence towards that modality."""
+    """How often each classifier is right on REAL data, `classifier/NAME`: the reference of every coherence towards it."""
 
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
         known = labelled(batch, "classifier accuracy")

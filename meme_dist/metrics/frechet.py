@@ -56,17 +56,21 @@ def moments(sums: Sums) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments, *, root: Float[Tensor, "E E"] | None = None) -> float:
-    """The squared distance d^2 of the formula above, which is what FID reports; NaN below two rows on a side.
+    """The squared distance d^2 of the formula above, which is what FID reports; NaN below two rows on a side, and of what is not finite.
 
     `root`: that of a's covariance, where the caller has it from another distance.
     """
-    if min(a.count, b.count) < 2:
+    if not (_known(a) and _known(b)):
         return math.nan
     root = _root(a.covariance) if root is None else root
     inner = torch.linalg.eigvalsh(root @ b.covariance @ root)
     shared = torch.where(inner > FLOOR * inner[-1], inner, 0.0).sqrt().sum()
     spread = a.covariance.trace() + b.covariance.trace() - 2 * shared
     return float((a.mean - b.mean).square().sum() + spread.clamp(min=0))
+
+
+def _known(one: Moments) -> bool:
+    return one.count > 1 and bool(one.mean.isfinite().all() and one.covariance.isfinite().all())
 
 
 def _root(covariance: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:
@@ -147,7 +151,7 @@ def frechet_distances(sums: Mapping[str, Sums], names: Sequence[str], targets: S
     found = []
     for target in targets:
         real = _leaving_out(sums[frechet_key(None, target)])
-        roots = [_root(one.covariance) if one.count > 1 else None for one in real]
+        roots = [_root(one.covariance) if _known(one) else None for one in real]
         for sources in [*few_sources(names, target), ()]:
             made = _leaving_out(sums[frechet_key(sources, target)])
             apart = [frechet_distance(a, b, root=root) for a, b, root in zip(real, made, roots, strict=True)]

@@ -120,14 +120,16 @@ def _scores(
         log_prob.append(likelihood.log_prob(x, params).double())
         point = _point(likelihood, params, x)
         total = point.sum(0) if total is None else total + point.sum(0)
-        made += [draw(likelihood, params, noise, f"{purpose}/{number}")] if sampled else []
+        made += [draw(likelihood, params.nan_to_num(0.0, 0.0, 0.0), noise, f"{purpose}/{number}")] if sampled else []
     assert total is not None
     scores = {"log_likelihood": torch.cat(log_prob).logsumexp(0) - math.log(len(z))}
     if isinstance(likelihood, Categorical):
         return scores | {"accuracy": _accuracy(total.argmax(-1), x, likelihood.padding)}
     if isinstance(likelihood, GraphLikelihood):
         return scores | {"accuracy": total.double() / len(z)}
-    return scores | _errors(total / len(z), x) | (_calibration(torch.cat(made), x, noise, purpose) if sampled else {})
+    calibration = _calibration(torch.cat(made), x, noise, purpose) if sampled else {}
+    unknown = scores["log_likelihood"].isnan()  # there are draws of what has parameters alone
+    return scores | _errors(total / len(z), x) | {name: torch.where(unknown, torch.nan, value) for name, value in calibration.items()}
 
 
 def _point(likelihood: Likelihood, params: Float[Tensor, "K R *outputs"], x: Shaped[Tensor, "R *event"]) -> Float[Tensor, "K R *values"]:

@@ -8,8 +8,9 @@ approximation (MacKay 1992; Daxberger et al. 2021), so that numbers compare mode
 
     p(w | data) = Normal(w_hat, H^-1),   H = sum_n (diag p_n - p_n p_n^T) (x) f_n f_n^T + precision I        f_n: features, and a 1
 
-H is the generalised Gauss-Newton matrix, which for a linear layer is the Hessian. The score is estimated from draws of the C logits,
-which are Normal given x; from S draws its bias is of order 1 / S.
+H is the generalised Gauss-Newton matrix, which for a linear layer is the Hessian. Its sum is over all the rows that the classifier learnt
+from, estimated from some of them: it says how sure the classifier may be, which no number of rows that happen to be looked at changes.
+The score is estimated from draws of the C logits, which are Normal given x; from S draws its bias is of order 1 / S.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,13 +54,15 @@ class LastLayer(NamedTuple):
         return f @ self.weight.T, torch.einsum("re,cedf,rf->rcd", f, table, f)
 
     def information(self, features: Float[Tensor, "R E"], noise: Noise, purpose: str, *, samples: int = SAMPLES) -> Float[Tensor, " R"]:
-        """I(y; w | x) of each row, nats."""
+        """I(y; w | x) of each row, nats; NaN for features that are not finite."""
         mean, covariance = self.logits(features)
-        values, vectors = torch.linalg.eigh(covariance)
+        known = covariance.isfinite().all(-1).all(-1)
+        values, vectors = torch.linalg.eigh(torch.where(known[:, None, None], covariance, 0.0))
         root = vectors * values.clamp(min=0).sqrt()[:, None]
         standard = noise.normal(purpose, samples, mean.shape[1]).to(mean)
         log_p = (mean + torch.einsum("rcd,srd->src", root, standard)).log_softmax(-1)
-        return (entropy(log_p.exp().mean(0)) - entropy(log_p.exp()).mean(0)).clamp(min=0)
+        score = (entropy(log_p.exp().mean(0)) - entropy(log_p.exp()).mean(0)).clamp(min=0)
+        return torch.where(known, score, torch.nan)
 
 
 def entropy(p: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows"]:
@@ -89,9 +92,13 @@ def curvature(features: Float[Tensor, "R E"], head: nn.Linear) -> Sums:
     return Sums(table.unflatten(0, (len(weight), len(weight), f.shape[1])).permute(0, 2, 1, 3).reshape(size, size), count)
 
 
-def last_layer(head: nn.Linear, sums: Sums, *, precision: float = PRECISION) -> LastLayer:
-    """The posterior of the layer's weights from the summed `curvature` of its training rows, on the CPU."""
-    weight, total = _weights(head).cpu(), sums.total.cpu()
+def last_layer(head: nn.Linear, sums: Sums, *, rows: float | None = None, precision: float = PRECISION) -> LastLayer:
+    """The posterior of the layer's weights from the summed `curvature` of its training rows, on the CPU.
+
+    `rows`: how many these are, where the sums are of some of them.
+    """
+    weight, count = _weights(head).cpu(), max(1.0, float(sums.count))
+    total = sums.total.cpu() * ((count if rows is None else rows) / count)
     if total.shape == weight.shape:
         return LastLayer(weight, None, 1 / (total + precision))
     factor = torch.linalg.cholesky(total + precision * torch.eye(len(total), dtype=torch.float64))
@@ -100,7 +107,7 @@ def last_layer(head: nn.Linear, sums: Sums, *, precision: float = PRECISION) -> 
 
 
 def curvatures(judges: Mapping[str, Judge], *, rows: int) -> Metric:
-    """`information/curvature/NAME` of each judge on real training data, rows below `rows`."""
+    """`information/curvature/NAME` of each judge on rows that it learnt from, those below `rows`."""
 
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
         sums = {}

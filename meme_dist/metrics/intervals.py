@@ -9,6 +9,7 @@ from scipy import stats
 from meme_dist.types import Sums
 
 LEVEL = 0.95
+ROUNDING = 1e-6  # of a range: an interval narrower than that has no width
 
 
 class Estimate(NamedTuple):
@@ -30,15 +31,11 @@ def proportion(sums: Sums, *, level: float = LEVEL) -> Estimate:
     hits, count = float(sums.total), float(sums.count)
     if count == 0:
         return Estimate(math.nan, 0.0, 1.0, 0)
-    z2 = _normal_quantile(level) ** 2
-    share = hits / count
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), round(count))
+    return Estimate(hits / count, *_wilson(hits / count, count, level), round(count))
 
 
 def mean(sums: Sums, squares: Sums, *, level: float = LEVEL) -> Estimate:
-    """A mean over rows with the normal interval, from the sums of the values and of their squares.
+    """A mean over rows with Student's t interval, from the sums of the values and of their squares.
 
     With fewer than two rows there is no spread to go by and the interval is the whole line.
     """
@@ -49,8 +46,23 @@ def mean(sums: Sums, squares: Sums, *, level: float = LEVEL) -> Estimate:
     if count < 2:
         return Estimate(value, -math.inf, math.inf, round(count))
     variance = max(0.0, float(squares.total) / count - value**2) * count / (count - 1)
-    half = _normal_quantile(level) * math.sqrt(variance / count)
+    half = _student_quantile(level, round(count) - 1) * math.sqrt(variance / count)
     return Estimate(value, value - half, value + half, round(count))
+
+
+def within(estimate: Estimate, least: float = 0.0, most: float = 1.0, *, level: float = LEVEL) -> Estimate:
+    """The estimate of what lies between `least` and `most`, its interval kept there.
+
+    An interval without width, as of rows that all say the same, gives way to Wilson's for that share of the range: there is no spread to
+    go by, and yet `count` rows are not certain.
+    """
+    if estimate.count == 0:
+        return estimate
+    low, high = estimate.low, estimate.high
+    if high - low < ROUNDING * (most - least):
+        share = (estimate.value - least) / (most - least)
+        low, high = (least + (most - least) * end for end in _wilson(share, estimate.count, level))
+    return estimate._replace(low=max(least, low), high=min(most, high))
 
 
 def jackknife(whole: float, parts: Sequence[float], *, count: int, level: float = LEVEL) -> Estimate:
@@ -91,6 +103,13 @@ def aggregate(runs: Sequence[Mapping[str, float]], *, level: float = LEVEL) -> d
     if not shared:
         raise ValueError(f"aggregate: {len(runs)} runs share no measured value; give results of the same recipe with the same metrics")
     return {name: over_runs([run[name] for run in runs], level=level) for name in shared}
+
+
+def _wilson(share: float, count: float, level: float) -> tuple[float, float]:
+    z2 = _normal_quantile(level) ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _normal_quantile(level: float) -> float:

@@ -31,6 +31,11 @@ class Latents(NamedTuple):
         """The table's first rows."""
         return Latents({names: Posterior(*(x[:rows] for x in q)) for names, q in self.posteriors.items()}, self.label[:rows])
 
+    def finite(self) -> "Latents":
+        """Without the sets of sources of which a posterior is not finite."""
+        kept = {names: q for names, q in self.posteriors.items() if all(bool(x.isfinite().all()) for x in q)}
+        return self._replace(posteriors=kept)
+
 
 def collect(
     objective: Objective,

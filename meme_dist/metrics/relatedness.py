@@ -6,6 +6,7 @@ The paper shows histograms of d for paired and unpaired data, the mean of d by c
 chance that a random paired d is smaller than a random unpaired one (1/2: unrelated, 1: perfectly related), with ties counted half.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from meme_dist.distributions import DiagNormal, pairwise_w2
-from meme_dist.metrics.intervals import Estimate, jackknife
+from meme_dist.metrics.intervals import Estimate, jackknife, within
 from meme_dist.metrics.latents import Latents, Posterior
 
 BINS = 60
@@ -88,17 +89,19 @@ def _auroc_sorted(score: np.ndarray, positive: np.ndarray) -> float:
 
 
 def _auroc_estimate(distance: np.ndarray, paired: np.ndarray, rows_a: np.ndarray, rows_b: np.ndarray) -> Estimate:
-    """Sorted once; leaving a group of rows out of both sides keeps the order of what is left."""
+    """Sorted once; leaving a group of rows out of both sides keeps the order of what is left. Count 0 without pairs of both kinds."""
     order = np.argsort(-distance, axis=None, kind="stable")
     score, positive = -distance.ravel()[order], paired.ravel()[order]
     i, j = np.divmod(order, distance.shape[1])
     group_a, group_b = rows_a[i] % GROUPS, rows_b[j] % GROUPS
+    whole = _auroc_sorted(score, positive)
+    if math.isnan(whole):
+        return jackknife(whole, [], count=0)
     parts = []
-    for group in range(GROUPS):
+    for group in np.union1d(rows_a % GROUPS, rows_b % GROUPS):
         kept = (group_a != group) & (group_b != group)
         parts.append(_auroc_sorted(score[kept], positive[kept]))
-    whole = jackknife(_auroc_sorted(score, positive), parts, count=len(np.union1d(rows_a, rows_b)))
-    return whole._replace(low=max(0.0, whole.low), high=min(1.0, whole.high))
+    return within(jackknife(whole, parts, count=len(np.union1d(rows_a, rows_b))))
 
 
 def _histogram(distance: np.ndarray, paired: np.ndarray) -> Histogram:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from meme_dist.data.fields import Field
 from meme_dist.distributions import wide
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
@@ -34,6 +35,19 @@ class Judge(Protocol):
     def features(self, x: Shaped[Tensor, "R *event"]) -> Float[Tensor, "R E"]: ...
     @property
     def head(self) -> nn.Linear: ...
+
+
+def judges_of(classifiers: Mapping[str, Classify], fields: Mapping[str, Field]) -> dict[str, Judge]:
+    """The classifiers whose features can be had, which one look at blank data tells."""
+    found: dict[str, Judge] = {}
+    for name, judge in classifiers.items():
+        try:
+            if isinstance(judge, Judge):  # which asks for its head
+                judge.features(torch.zeros(2, *fields[name].shape, dtype=fields[name].dtype))
+                found[name] = judge
+        except ValueError:  # it has no linear layer, or none that gives its logits
+            continue
+    return found
 
 
 def joined(names: Collection[str]) -> str:

@@ -75,7 +75,7 @@ def test_an_evaluation_reads_every_row_exactly_once(folder: Path, world: int, wo
     ranks = [Evaluation(folder, "train", batch_size=3, rank=rank, world=world, workers=workers) for rank in range(world)]
     batches = [list(evaluation) for evaluation in ranks]
     assert {len(rank) for rank in batches} == {-(-ROWS // (3 * world))}
-    rows = [number for rank in batches for batch in rank for number in row_numbers(batch) if number >= 0]
+    rows = [number for turn in zip(*batches, strict=True) for batch in turn for number in row_numbers(batch) if number >= 0]
     assert rows == list(range(ROWS))
 
 

@@ -357,16 +357,32 @@ def test_evaluation_holds_every_row_once_in_order_and_equally_many_batches_on_ea
     ranks = [Evaluation(folder, "test", batch_size=batch_size, rank=rank, world=world) for rank in range(world)]
     batches = [list(evaluation) for evaluation in ranks]
     assert {len(rank) for rank in batches} == {len(ranks[0])} == {-(-50 // (world * batch_size))}
-    assert all(len(batch.draw) == batch_size for rank in batches for batch in rank)
-    draw = torch.cat([batch.draw for rank in batches for batch in rank])
-    observed = torch.cat([batch.observed for rank in batches for batch in rank])
-    label = torch.cat([label_of(batch) for rank in batches for batch in rank])
+    dealt = [batch for turn in zip(*batches, strict=True) for batch in turn]
+    assert all(len(batch.draw) == batch_size for batch in dealt)
+    draw = torch.cat([batch.draw for batch in dealt])
+    observed = torch.cat([batch.observed for batch in dealt])
+    label = torch.cat([label_of(batch) for batch in dealt])
     real = draw < 50
-    assert draw[real].tolist() == list(range(50))
-    assert sorted(draw[~real].tolist()) == list(range(50, len(draw)))  # padding rows have draws of their own
+    assert draw.tolist() == list(range(len(draw)))  # padding rows have draws of their own
     assert not observed[~real].any() and (label[~real] == -1).all()
     for number, seen, kind in zip(draw[real].tolist(), observed[real].tolist(), label[real].tolist(), strict=True):
         assert seen == [name in datum(number).data for name in FIELDS] and kind == number % 2
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 50, 99])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_ranks_share_the_first_rows_to_within_a_batch_and_read_no_more_batches_than_hold_them(folder: Path, world: int, rows: int) -> None:
+    size = 4
+    ranks = [Evaluation(folder, "test", batch_size=size, rank=rank, world=world) for rank in range(world)]
+    whole, found = ([list(one) for one in split] for split in (ranks, [one.first(rows) for one in ranks]))
+    for split in (whole, found):
+        shares = [sum(int((batch.draw < min(rows, 50)).sum()) for batch in batches) for batches in split]
+        assert sum(shares) == min(rows, 50) and max(shares) - min(shares) <= size
+    read = [batch for batches in found for batch in batches if bool(batch.observed.any())]
+    assert len(read) == -(-min(rows, 50) // size) and len({len(batches) for batches in found}) == 1
+    same = {int(batch.draw[0]): batch for batches in whole for batch in batches}
+    assert all(torch.equal(batch.dense("number"), same[int(batch.draw[0])].dense("number")) for batch in read)
+    assert len(list(Evaluation(folder, "test", batch_size=size, workers=2).first(rows))) == -(-min(rows, 50) // size)
 
 
 def test_evaluation_gives_the_rows_their_contents(folder: Path) -> None:
@@ -386,7 +402,7 @@ def test_evaluation_does_not_depend_on_workers_and_can_be_repeated(folder: Path)
 def test_a_rank_without_rows_gets_batches_of_padding(tmp_path: Path) -> None:
     write_shards(dataset({"train": 2, "test": 1}), tmp_path / "few")
     ranks = [list(Evaluation(tmp_path / "few", "train", batch_size=4, rank=rank, world=5)) for rank in range(5)]
-    assert [int(rank[0].observed.any(1).sum()) for rank in ranks] == [0, 0, 1, 0, 1] and {len(rank) for rank in ranks} == {1}
+    assert [int(rank[0].observed.any(1).sum()) for rank in ranks] == [2, 0, 0, 0, 0] and {len(rank) for rank in ranks} == {1}
     assert len(set(torch.cat([rank[0].draw for rank in ranks]).tolist())) == 20
 
 

@@ -57,6 +57,13 @@ def test_the_mean_correlation_of_normal_pairs_is_the_arcsine_law_in_one_dimensio
     assert projection(x, y).abs().max() <= 1 + 1e-12
 
 
+def test_embeddings_that_are_not_finite_have_no_correlation() -> None:
+    x = torch.randn(30, 4).double()
+    x[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="CCA needs finite embeddings"):
+        fit_cca(moments(moment_sums(x)), 2, components=1)
+
+
 def test_directions_that_do_not_vary_have_no_part_in_it() -> None:
     joint, _, _ = known(3)
     lift = torch.block_diag(torch.eye(4).double(), torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]).double())

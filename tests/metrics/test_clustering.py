@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.special import comb
 
 from meme_dist.metrics import Latents, Posterior
@@ -56,7 +57,9 @@ def test_classes_apart_score_one_and_labels_of_chance_nothing() -> None:
     rng = np.random.default_rng(1)
     label = rng.integers(0, 4, 400)
     apart = clustering(table(cloud(rng, label, 30.0), label), classes=4)["a",]
-    assert [*apart.ari[:3], *apart.nmi[:3]] == pytest.approx([1.0] * 6)
+    assert [apart.ari.value, apart.ari.high, apart.nmi.value, apart.nmi.high] == pytest.approx([1.0] * 4)
+    wilson = 400 / (400 + stats.norm.ppf(0.975) ** 2)
+    assert (apart.nmi.low, apart.ari.low) == pytest.approx((wilson, 2 * wilson - 1))
     chance = clustering(table(rng.normal(size=(400, 4)), label), classes=4)["a",]
     assert abs(chance.ari.value) < 0.02 and chance.nmi.value < 0.05
 

@@ -1,5 +1,6 @@
 """All measurements at once: of every kind of data, on any number of ranks, and with latents of a modality's own."""
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from meme_dist.classifiers import Classifier, small_network
 from meme_dist.data.fields import Field
-from meme_dist.evaluate import Measures, alone, flatten, measure
+from meme_dist.evaluate import Learnt, Measures, alone, flatten, measure
 from meme_dist.likelihoods import NegativeBinomial, Normal
 from meme_dist.metrics.frechet import frechet_distance, moment_sums, moments
 from meme_dist.metrics.rows import holds
@@ -30,6 +32,7 @@ FIELDS = {
 }
 CLASSES = tuple("xyz")
 ROWS = 50
+ROWS_EACH = {"image": 42, "counts": 43, "text": 44}
 ALL = Measures(
     joint_draws=60,
     probe_rows=50,
@@ -86,9 +89,21 @@ def batches(rank: int, world: int) -> list[Batch]:
     return [batch(np.arange(min(start, high), min(start + 25, high)), padding=25 - max(0, min(25, high - start))) for start in starts]
 
 
-def everything(rank: int, world: int) -> dict[str, Any]:
+def seeded() -> dict[str, Classifier]:
     torch.manual_seed(0)
-    judges = {name: Classifier(small_network(field, 3).eval()) for name, field in FIELDS.items()}
+    return {name: Classifier(small_network(field, 3).eval()) for name, field in FIELDS.items()}
+
+
+def asked(measures: Measures, judges: dict[str, Classifier], **keywords: Any) -> dict[str, Any]:
+    """Some of the measurements of the model as it is, on one rank."""
+    mine = batches(0, 1)
+    keywords = {"objective": objective(), "train": mine, "test": mine, "learnt": Learnt(mine, ROWS_EACH)} | keywords
+    model = keywords.pop("objective")
+    return measure(model, fields=FIELDS, classes=CLASSES, classifiers=judges, measures=measures, **keywords).results
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    judges = seeded()
 
     def add(x: torch.Tensor) -> torch.Tensor:
         if world > 1:
@@ -97,6 +112,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 
     mine = batches(rank, world)
     arguments = {"train": mine, "test": mine, "fields": FIELDS, "classes": CLASSES, "classifiers": judges, "measures": ALL}
+    arguments["learnt"] = Learnt(mine, ROWS_EACH)
     embedders = {"image": lambda x: judges["image"].features(x)[:, :6]}  # fewer than there are rows
     return measure(objective(), **arguments, embedders=embedders, reduce=add if world > 1 else alone, rank=rank, world=world).results
 
@@ -145,11 +161,10 @@ def test_a_long_table_of_imputation_is_left_to_the_report(one: dict[str, Any]) -
 
 
 def test_features_are_those_of_the_images_classifiers_and_too_few_rows_for_them_are_said() -> None:
-    judges = {name: Classifier(small_network(field, 3).eval()) for name, field in FIELDS.items()}
+    judges = seeded()
     little = {name: 0 for name in ("coherence_sources", "joint_draws", "probe_rows", "clustering_rows", "relatedness_rows")}
     measures = Measures(**little, likelihood_rows=0, imputation_rows=0, frechet_rows=40, correlation_components=2)
-    mine = batches(0, 1)
-    found = measure(objective(), train=mine, test=mine, fields=FIELDS, classes=CLASSES, classifiers=judges, measures=measures).results
+    found = asked(measures, judges)
     assert [(e["target"], e["from"]) for e in found["frechet"]] == [("image", name) for name in ["sources"] * 3 + ["prior", "real"]]
     held = holds(batch(np.arange(ROWS)), ["image"])[:40]
     real = judges["image"].features(batch(np.arange(ROWS)).dense("image")[:40][held])
@@ -158,3 +173,46 @@ def test_features_are_those_of_the_images_classifiers_and_too_few_rows_for_them_
     assert set(found["left_out"]) == {"correlation of image and counts", "correlation of image and text"}
     assert "directions needs more than" in found["left_out"]["correlation of image and text"]
     assert {tuple(entry["modalities"]) for entry in found["correlation"]} == {("counts", "text")}
+
+
+NONE = {name: 0 for name, value in dataclasses.asdict(Measures()).items() if isinstance(value, int)} | {"seed": 0}
+
+
+def test_a_judge_gives_the_same_rows_the_same_score_whatever_the_run_was_trained_on() -> None:
+    measures, judges = Measures(**NONE | {"information_rows": 40}), seeded()
+    one, other = (asked(measures, judges, train=train)["information"] for train in (batches(0, 1), [batch(np.arange(7))]))
+    assert one == other and one[0]["value"] > 0
+    surer = asked(measures, judges, learnt=Learnt(batches(0, 1), {name: 100 * rows for name, rows in ROWS_EACH.items()}))["information"]
+    assert sum(entry["value"] for entry in surer) < 0.8 * sum(entry["value"] for entry in one)
+    unknown = asked(measures, judges, learnt=None)
+    assert "information" not in unknown and unknown["left_out"] == {
+        "information": "needs the rows that the classifiers learnt from, given to `measure`"
+    }
+
+
+@pytest.mark.parametrize(
+    "end", [[nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()], [nn.Flatten(), nn.Linear(36, 3), nn.LogSoftmax(-1)]]
+)
+def test_a_judge_that_does_not_end_in_a_linear_layer_has_no_features_and_all_else_is_measured(end: list[nn.Module]) -> None:
+    measures = Measures(**NONE | {"coherence_sources": 7, "information_rows": 40, "frechet_rows": 40})
+    found = asked(measures, seeded() | {"image": Classifier(nn.Sequential(*end).eval())})
+    assert {entry["target"] for entry in found["cross_coherence"] if entry["count"]} == set(FIELDS)
+    assert {entry["target"] for entry in found["information"]} == {"counts", "text"} and "frechet" not in found
+    assert found["left_out"].keys() == {"frechet", "information"}
+    assert all(why.startswith("of image: needs a classifier that ends in a linear layer") for why in found["left_out"].values())
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_a_broken_network_makes_is_no_number_with_the_reason_and_all_else_is_measured(part: str) -> None:
+    model = objective()
+    with torch.no_grad():
+        for parameter in getattr(model.modality("image"), part).parameters():
+            parameter.fill_(math.nan)
+    found = asked(dataclasses.replace(ALL, correlation_components=0, coherence_sources=0, joint_draws=0), seeded(), objective=model)
+    json.dumps(found, allow_nan=False)
+    assert ("4 of 5 values of frechet" if part == "decoder" else "latents of image") in found["left_out"]
+    assert found["frechet"][-1]["from"] == "real" and found["frechet"][-1]["value"] > 0
+    assert {tuple(entry["sources"]) for entry in found["clustering"]} >= {("counts",), ("text",)}
+    known = [one for one in found["log_likelihood"] if one["given"] and "image" not in one["targets"] + one["given"]]
+    assert known and all(one["value"] is not None for one in known)  # the prior, of pseudo-inputs, needs every encoder
+    assert all(f"Left out: {name.replace('_', ' ')} (" in tables(found) for name in found["left_out"])

@@ -71,6 +71,15 @@ def test_moments_add_over_parts_and_need_two_rows() -> None:
     assert math.isnan(frechet_distance(whole, moments(moment_sums(x[:1]))))
 
 
+def test_features_that_are_not_finite_have_no_distance() -> None:
+    x = drawn(3, 50, 4)
+    broken = x.clone()
+    broken[7, 2] = math.inf
+    whole, other = moments(moment_sums(x)), moments(moment_sums(broken))
+    assert math.isnan(frechet_distance(whole, other)) and math.isnan(frechet_distance(other, whole))
+    assert math.isnan(distances(broken, x)["None"].value) and math.isnan(distances(x, broken)["('a',)"].value)
+
+
 def test_its_bias_falls_as_one_over_the_rows() -> None:
     """Two samples of one Normal: 0 for infinitely many rows, and twice as many halve what is measured."""
     values = []

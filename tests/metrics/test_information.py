@@ -108,8 +108,26 @@ def test_it_grows_away_from_the_data_and_stays_below_the_log_of_the_classes() ->
         away[:, 3] = far
         scores.append(float(layer.information(away, noise(len(x)), "a", samples=500).mean()))
     assert scores == sorted(scores) and scores[0] < 0.02 and scores[2] > 10 * scores[0] and 0.7 < scores[-1] < math.log(3)
-    fewer = last_layer(head, curvature(x[:20], head))
+    fewer = last_layer(head, curvature(x, head), rows=20)
     assert float(fewer.information(x, noise(len(x)), "a").mean()) > 2 * scores[0]  # the fewer the data the more there is to learn
+
+
+def test_how_many_of_the_rows_that_it_learnt_from_are_looked_at_does_not_change_how_sure_a_classifier_is() -> None:
+    x, _, head = data(count=800)
+    half, whole, few = (last_layer(head, curvature(x[:rows], head), rows=800) for rows in (400, 800, 200))
+    scores = [float(layer.information(2 * x, noise(800), "a", samples=500).mean()) for layer in (half, whole, few)]
+    assert scores == pytest.approx([scores[1]] * 3, rel=0.15)
+    unscaled = last_layer(head, curvature(x[:400], head))
+    assert float(unscaled.information(2 * x, noise(800), "a", samples=500).mean()) > 1.4 * scores[1]
+
+
+def test_what_is_not_finite_has_no_score_and_takes_none_from_others() -> None:
+    x, _, head = data(count=20)
+    layer, broken = last_layer(head, curvature(x, head)), x.clone()
+    broken[3, 1] = math.nan
+    found = layer.information(broken, noise(20), "a")
+    assert found.isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(found[4:], layer.information(x, noise(20), "a")[4:])
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.kind)
