@@ -40,7 +40,7 @@ from meme_dist.metrics.probes import fit_logistic
 from meme_dist.metrics.rows import evaluating, noise_of
 from meme_dist.objectives.base import Objective
 from meme_dist.recipes.base import Model, Name
-from meme_dist.refine import STEP, Target, log_joint, refine
+from meme_dist.refine import Target, log_joint, refine
 from meme_dist.train.training import Training
 from meme_dist.types import Batch
 
@@ -229,7 +229,7 @@ def efficiency(case: Case, attacked: Batch) -> list[Row]:
                 continue
             density, began = target.scaled(scale), time.process_time()
             chain, warm = start(point / scale, density), LONG // kernel.leapfrogs
-            first = torch.full_like(chain.log_density, STEP)
+            first = torch.full_like(chain.log_density, kernel.first_step)
             settings = {"kernel": kernel, "steps": 3 * warm, "burn_in": warm, "step_size": first}
             walked = walk(chain, density, noise=noise, purpose="efficiency", **settings)
             states = torch.stack([state.chain.z for state in itertools.islice(walked, warm, None)])

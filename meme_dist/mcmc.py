@@ -6,6 +6,9 @@ A chain is a value: its point with the log density and the gradient there, so th
     p <- p + h/2 grad log pi(z);   z <- z + h p;   p <- p + h/2 grad log pi(z)         L times, one new gradient each
     accept with probability min(1, exp(H(z, p) - H(z', p'))),   H = -log pi(z) + |p|^2 / 2
 
+On N(0, I) trajectories have the period 2 pi: at h L = 2 pi they end where they began, accepted and in vain. So each has a step of its own,
+h (1 + jitter u) with u uniform on (-1, 1) and drawn beside the state, which keeps detailed balance (Neal 2011, sec. 3.2).
+
 L = 1 is MALA (Roberts and Tweedie 1996) with proposal N(z + h^2/2 grad log pi(z), h^2 I); ULA is the same proposal, always accepted. A
 proposal that is not finite (its point, density or gradient) is refused and counted. Gradients are taken with respect to z alone: whatever
 the density is made of keeps its own `.grad`. Random numbers are those of `meme_dist.noise`, keyed by chain, step and purpose: a chain's
@@ -26,6 +29,7 @@ from meme_dist.noise import Noise
 LogDensity = Callable[[Float[Tensor, "C D"]], Float[Tensor, " C"]]
 """log pi(z) of each chain up to a constant, differentiable in z; a chain's value depends on its own z alone."""
 
+FIRST = 0.3  # of a Langevin kernel, where the target is about N(0, I): on the safe side for 16 to 64 coordinates, and adapted from there
 BLOCK = 16  # steps whose random numbers are drawn together: a generator of counters costs as much for one step as for many
 SHRINKAGE, DELAY, DECAY = 0.2, 10.0, 0.75  # gamma, t_0 and kappa of dual averaging; published: gamma 0.05, which 200 steps do not settle
 ADAM = (0.9, 0.99, 1e-8)  # decay of the first and the second moment, floor of the root
@@ -40,10 +44,11 @@ class Chain(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random numbers of one step: standard Normal momenta, and uniforms on (0, 1] for the test."""
+    """The random numbers of one step: standard Normal momenta, uniforms on (0, 1] for the test, and on (-1, 1] for the size of the step."""
 
     momentum: Float[Tensor, "C D"]
     uniform: Float[Tensor, " C"]
+    stretch: Float[Tensor, " C"]
 
 
 class Info(NamedTuple):
@@ -54,16 +59,32 @@ class Info(NamedTuple):
 
 
 class HMC(NamedTuple):
-    """Hamiltonian Monte Carlo: `leapfrogs` gradients a step, step sizes adapted to accept a share of `target`."""
+    """Hamiltonian Monte Carlo: `leapfrogs` gradients a step, step sizes adapted to accept a share of `target`.
+
+    A trajectory's own step is longer or shorter by up to the share `jitter`. Measured on Normals of 16 coordinates with 5 to 20 leapfrogs,
+    effective draws of the worst decile of 100 chains: at .3 0.8 to 5 times those of no jitter; at .5 0.8 to 1.7 times those of .3, but a
+    start from afar is forgotten later.
+    """
 
     leapfrogs: int = 5
     target: float = 0.8
+    jitter: float = 0.3
+
+    @property
+    def first_step(self) -> float:
+        """Where the target is about N(0, I): at most a quarter of a period a trajectory, which forgets where it began."""
+        return min(FIRST, math.pi / (2 * self.leapfrogs))
 
 
 class ULA(NamedTuple):
     """Unadjusted Langevin: every finite proposal is taken. Its step sizes are those at which MALA would accept a share of `target`."""
 
     target: float = 0.8
+
+    @property
+    def first_step(self) -> float:
+        """Where the target is about N(0, I)."""
+        return FIRST
 
 
 class MAP(NamedTuple):
@@ -72,12 +93,12 @@ class MAP(NamedTuple):
     rate: float = 0.1
 
 
-MALA = HMC(leapfrogs=1, target=0.574)  # the target is optimal for product densities of many dimensions (Roberts and Rosenthal 1998)
+MALA = HMC(leapfrogs=1, target=0.574, jitter=0.0)  # the target is optimal for many independent coordinates (Roberts and Rosenthal 1998)
 Kernel = HMC | ULA | MAP
 
 
 class State(NamedTuple):
-    """A step of `walk`: the chains after it, the step sizes it was made with, and what became of its proposals."""
+    """A step of `walk`: the chains after it, the step sizes it was made with but for the jitter, and what became of its proposals."""
 
     chain: Chain
     step_size: Float[Tensor, " C"]
@@ -163,9 +184,9 @@ def draws(noise: Noise, purpose: str, like: Float[Tensor, "C D"]) -> Iterator[Dr
         raise ValueError(f"noise: expected as many draws as chains, or a divisor of them, got {len(noise.draw)} for {len(like)} chains")
     for block in itertools.count():
         normal = noise.normal(f"{purpose}/{block}/momentum", copies * BLOCK, like.shape[-1])
-        uniform = noise.uniform(f"{purpose}/{block}/accept", copies * BLOCK, 1)
+        uniform = noise.uniform(f"{purpose}/{block}/accept", copies * BLOCK, 2)  # for the test and the size: one call of the generator
         by_step = (x.to(like.dtype).unflatten(0, (copies, BLOCK)).transpose(0, 1).flatten(1, 2) for x in (normal, uniform))
-        yield from (Draws(momentum, level[:, 0]) for momentum, level in zip(*by_step, strict=True))
+        yield from (Draws(momentum, level[:, 0], 2 * level[:, 1] - 1) for momentum, level in zip(*by_step, strict=True))
 
 
 # ---- step sizes ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +235,8 @@ def walk(
     for step, drawn in enumerate(itertools.islice(draws(noise, purpose, chain.z), steps)):
         size = adapted.step_size if step < burn_in else adapted.log_mean.exp()
         if isinstance(kernel, HMC):
-            chain, info = hmc(chain, log_density, step_size=size, leapfrogs=kernel.leapfrogs, draws=drawn)
+            own = size * (1 + kernel.jitter * drawn.stretch)
+            chain, info = hmc(chain, log_density, step_size=own, leapfrogs=kernel.leapfrogs, draws=drawn)
         else:
             chain, info = ula(chain, log_density, step_size=size, draws=drawn)
         if step < burn_in:
@@ -230,20 +252,23 @@ def sample(
     budget: int,
     noise: Noise,
     purpose: str = "mcmc",
-    step_size: float = 0.1,
+    step_size: float | None = None,
     burn_in: float = 0.5,
 ) -> Result:
     """Chains from z until the next step would take more than `budget` gradient evaluations a chain, the one at z included.
 
-    `step_size`: of the first step. `burn_in`: the share of the steps in which step sizes adapt, below 1. MAP reads neither, nor the noise.
-    Raises ValueError for a budget without a single step, and where the density or its gradient is not finite at z.
+    `step_size`: of the first step, by default the kernel's `first_step`, for targets of about unit scale. `burn_in`: the share of the steps
+    in which step sizes adapt, below 1. MAP reads neither, nor the noise. Raises ValueError for a budget without a single step, and where
+    the density or its gradient is not finite at z.
     """
     cost = kernel.leapfrogs if isinstance(kernel, HMC) else 1
     if cost < 1:
         raise ValueError(f"leapfrogs: expected at least 1, got {cost}")
     if budget < 1 + cost:
         raise ValueError(f"budget: {kernel} needs at least {1 + cost} gradients (one at the start, one a leapfrog), got {budget}")
-    if not 0 <= burn_in < 1 or not step_size > 0:
+    if isinstance(kernel, HMC) and not 0 <= kernel.jitter < 1:
+        raise ValueError(f"jitter: expected a share of the step from 0 to below 1, got {kernel.jitter}")
+    if not 0 <= burn_in < 1 or not (step_size is None or step_size > 0):
         raise ValueError(f"expected a step size above 0 and a burn-in from 0 to below 1, got {step_size} and {burn_in}")
     chain, steps = start(z, log_density), (budget - 1) // cost
     if bad := int((~(chain.log_density.isfinite() & chain.grad.isfinite().all(-1))).sum()):
@@ -251,7 +276,7 @@ def sample(
     if isinstance(kernel, MAP):
         return _ascended(chain, log_density, kernel.rate, steps)
     adapting = int(burn_in * steps)
-    first = torch.full_like(chain.log_density, step_size)
+    first = torch.full_like(chain.log_density, kernel.first_step if step_size is None else step_size)
     states = walk(chain, log_density, kernel=kernel, steps=steps, burn_in=adapting, step_size=first, noise=noise, purpose=purpose)
     accept, failed, last = torch.zeros_like(first), torch.zeros_like(first, dtype=torch.long), None
     for step, last in enumerate(states):

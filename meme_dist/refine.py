@@ -5,13 +5,14 @@
 (Kuzina, Welling and Tomczak, NeurIPS 2022, who refine the code of an attacked image before it is used.) At temper 1 this is the model's
 exact posterior; below 1 the modality is trusted less, as one that may have been tampered with. Weights of likelihoods that the training
 used do not enter: to refine towards what was trained give them as temper. A modality left out of the target still has its say in where the
-chains start. Chains move in the coordinates u = z / stddev of q: a step is as long as each coordinate is uncertain.
+chains start. Chains move in the coordinates u = z / stddev of q, in which the target is of about unit scale: a step is as long as each
+coordinate is uncertain.
 
 A chosen modality with latents of its own is refined together with them: the chain is over (z, w_m, ...) with p(w_m) in the target.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from meme_dist.around import Around
 from meme_dist.distributions import Posterior, wide
-from meme_dist.mcmc import MALA, Kernel, LogDensity, Result, sample
+from meme_dist.mcmc import MALA, Kernel, LogDensity, Result, sample, start
 from meme_dist.metrics.rows import device_of, evaluating, on_device
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch
 
 Start = Literal["sample", "mean"]
-STEP = 0.3  # of the first step, in standard deviations of q: on the safe side for 16 to 64 latents, and adapted from there
+AT_ONCE = 2048  # chains whose activations are kept for a gradient at one time: those of a large training batch
 MOMENTS = 16  # chains a row behind the mean and the standard deviation of refined draws
 
 
@@ -75,7 +76,7 @@ def refine(
         noise = Noise(batch.seed, batch.draw)
         target = Target(objective, batch, list(batch.modalities) if modalities is None else modalities, temper, prior)
         point, scale = target.beginning(noise, purpose, samples, first)
-        found = sample(target.scaled(scale), point / scale, kernel=kernel, budget=budget, noise=noise, purpose=purpose, step_size=STEP)
+        found = sample(target.scaled(scale), point / scale, kernel=kernel, budget=budget, noise=noise, purpose=purpose)
         before, shape = target(point), (samples, len(batch.draw))
     (began, _), (z, private) = (target.parts(x.unflatten(0, shape)) for x in (point, found.chain.z * scale))
     return Refined(z, began, private, before.view(shape), found.chain.log_density.view(shape), found)
@@ -100,9 +101,14 @@ class Target:
         self.sizes = {name: size for name in self.batch.modalities if (size := objective.modality(name).private_dim)}
         self.own = {name: objective.private_prior(name) for name in self.sizes}
         self.weight = _weights(objective, list(self.batch.modalities), temper)
+        rows = max(1, len(batch.draw))
+        self.at_once = rows * max(1, AT_ONCE // rows)
 
     def __call__(self, point: Float[Tensor, "C W"]) -> Float[Tensor, " C"]:
         """log p(z) + sum of log p(w_m) + sum of temper_m log p(x_m | z, w_m), in nats."""
+        return torch.cat([self._value(piece) for piece in point.split(self.at_once)])
+
+    def _value(self, point: Float[Tensor, "C W"]) -> Float[Tensor, " C"]:
         z, private = self.parts(point.unflatten(0, (-1, len(self.batch.draw))))
         total = self.prior.log_prob(z)
         for name, w in private.items():
@@ -113,8 +119,8 @@ class Target:
         return total.flatten()
 
     def scaled(self, scale: Float[Tensor, "C W"]) -> LogDensity:
-        """The same in the coordinates point / scale."""
-        return lambda point: self(point * scale)
+        """The same in the coordinates point / scale, with gradients, `at_once` chains at a time. A row's chains have one scale."""
+        return lambda point: _InPieces.apply(point, lambda piece: self._value(piece * scale[: len(piece)]), self.at_once)
 
     def parts(self, point: Float[Tensor, "K B W"]) -> tuple[Float[Tensor, "K B D"], dict[str, Float[Tensor, "K B Q"]]]:
         """The shared latents, and each chosen modality's own."""
@@ -129,6 +135,20 @@ class Target:
         points = [_first(q, noise, f"{purpose}/start/{name}", samples, first) for name, q in posteriors]
         scales = [wide(q.stddev).expand(samples, *q.stddev.shape) for _, q in posteriors]
         return torch.cat(points, -1).flatten(0, 1), torch.cat(scales, -1).flatten(0, 1)
+
+
+class _InPieces(torch.autograd.Function):
+    """A log density whose gradient is taken at once, piece by piece: many chains through a large decoder need no more room than few."""
+
+    @staticmethod
+    def forward(ctx: Any, point: Tensor, log_density: LogDensity, size: int) -> Tensor:
+        pieces = [start(piece, log_density) for piece in point.split(size)]
+        ctx.save_for_backward(torch.cat([piece.grad for piece in pieces]))
+        return torch.cat([piece.log_density for piece in pieces])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return slopes[0][:, None] * ctx.saved_tensors[0], None, None
 
 
 def _first(q: Posterior, noise: Noise, purpose: str, samples: int, first: Start) -> Float[Tensor, "K B D"]:

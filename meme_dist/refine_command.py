@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
+from meme_dist.data.index import Manifest
 from meme_dist.data.stream import Evaluation
 from meme_dist.evaluate import Reduce, alone, evaluate
 from meme_dist.flags import parsed
@@ -13,15 +16,15 @@ from meme_dist.impute import impute
 from meme_dist.mcmc import HMC, MALA, MAP, ULA, Kernel
 from meme_dist.metrics.coherence import Sources, source_sets
 from meme_dist.metrics.intervals import mean
-from meme_dist.metrics.rows import Metric, holds, joined, with_square
+from meme_dist.metrics.rows import Metric, holds, joined, on_device, with_square
 from meme_dist.objectives.base import Objective
 from meme_dist.record import write_json
 from meme_dist.refine import Refining, check_tempers, refine
 from meme_dist.run_commands import find, together
 from meme_dist.tables import estimate, table
-from meme_dist.types import Batch, Sums
+from meme_dist.types import Batch, Sums, pack
 
-ROWS = 256  # of a batch, and measured by default
+ROWS = 256  # of a batch at most, and measured by default
 WHEN = ("before", "after", "gain")
 
 
@@ -64,7 +67,7 @@ def main(words: list[str]) -> int:
 
         def work(processes: Any) -> None:
             stored = find(run, checkpoint, processes)
-            split = Evaluation(stored.manifest.folder, "test", batch_size=ROWS, rank=processes.rank, world=processes.world, seed=seed)
+            split = first_rows(stored.manifest, rows, seed=seed, rank=processes.rank, world=processes.world)
             check_tempers(list(stored.manifest.fields), temper or {})
             sources = source_sets(list(stored.manifest.fields))
             metric = refinement(sources, rows=rows, kernel=chosen, budget=budget, temper=temper or {})
@@ -96,10 +99,17 @@ def _file(settings: Mapping[str, Any], checkpoint: str) -> str:
     return "-".join([*parts, *([] if checkpoint == "last" else [checkpoint])]) + ".json"
 
 
+def first_rows(manifest: Manifest, rows: int, *, seed: int, rank: int, world: int) -> Evaluation:
+    """The first test rows, in batches small enough that every rank has its share of the chains."""
+    rows = min(rows, manifest.num_rows("test"))
+    size = min(ROWS, -(-rows // world))
+    return Evaluation(manifest.folder, "test", batch_size=size, rank=rank, world=world, seed=seed).first(rows)
+
+
 def refinement(sources: Sequence[Sources], *, rows: int, kernel: Kernel, budget: int, temper: Mapping[str, float]) -> Metric:
     """Before and after refinement, from each set of sources: the log target, and log p(x_target | z) of each modality outside.
 
-    One chain a row, of the rows below `rows` that hold the sources (and the target). Targets with latents of their own are left out: what
+    One chain for each row below `rows` that holds the sources, and none for others. Targets with latents of their own are left out: what
     the sources say of those is their prior, refined or not.
     """
 
@@ -109,24 +119,34 @@ def refinement(sources: Sequence[Sources], *, rows: int, kernel: Kernel, budget:
             own = {name: value for name, value in temper.items() if name in chosen}
             wanted = holds(batch, chosen) & (batch.draw < rows)
             others = [name for name in batch.modalities if name not in chosen and not objective.modality(name).private_dim]
-            if not bool(wanted.any()):  # chains are dear
+            if not bool(wanted.any()):
                 nothing = torch.zeros(0, device=batch.draw.device)
                 for key in (joined(chosen), *(f"{joined(chosen)}>{name}" for name in others)):
                     sums |= _compared(key, nothing, nothing)
                 continue
-            found = refine(objective, batch.only(*chosen), kernel=kernel, budget=budget, temper=own)
-            sums |= _compared(joined(chosen), found.before[0][wanted], found.after[0][wanted])
+            part = _part(batch, wanted)  # chains are dear
+            found = refine(objective, part.only(*chosen), kernel=kernel, budget=budget, temper=own)
+            sums |= _compared(joined(chosen), found.before[0], found.after[0])
             for name in others:
                 both = torch.cat([found.first, found.z])[None]
-                before, after = objective.explanations(batch.only(name), both)[0, 0] / objective.modality(name).weight
-                counted = wanted & holds(batch, [name])
+                before, after = objective.explanations(part.only(name), both)[0, 0] / objective.modality(name).weight
+                counted = holds(part, [name])
                 sums |= _compared(f"{joined(chosen)}>{name}", before[counted], after[counted])
         return sums
 
     return metric
 
 
-def _compared(key: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, Sums]:
+def _part(batch: Batch, rows: Bool[Tensor, " B"]) -> Batch:
+    """These rows alone, packed anew: each keeps its noise."""
+    observed = batch.observed[rows]
+    present = {name: batch.dense(name)[rows][there] for name, there in zip(batch.modalities, observed.T, strict=True)}
+    draw, label = batch.draw[rows].cpu().numpy(), None if batch.label is None else batch.label[rows]
+    part = pack(present, observed.cpu().numpy(), draw=draw, seed=batch.seed, single=batch.single, label=label)
+    return on_device(part, batch.draw.device)
+
+
+def _compared(key: str, before: Tensor, after: Tensor) -> dict[str, Sums]:
     pairs = zip(WHEN, (before, after, after - before), strict=True)
     return {name: sums for when, values in pairs for name, sums in with_square(f"{key}/{when}", values).items()}
 

@@ -1,5 +1,6 @@
 """Laws of the Markov chains: mechanics, stationarity, step sizes, budgets, and what they leave alone."""
 
+import itertools
 import math
 
 import pytest
@@ -34,14 +35,20 @@ def drawn(noise: Noise, z: Tensor) -> Draws:
     return next(draws(noise, "test", z))
 
 
+def standard(z: Tensor) -> Tensor:
+    return -z.square().sum(-1) / 2
+
+
 # ---- mechanics ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_leapfrog_is_reversible() -> None:
+def test_a_trajectory_is_reversible() -> None:
+    """With the momentum turned round and the step that was drawn for it."""
     z, noise = chains(7, 3)
-    momentum = noise.normal("momentum", 1, 3)[0].double()
-    there, at_end = leapfrog(start(z, quartic), momentum, quartic, step_size=steps_of(7, 0.1), leapfrogs=20)
-    back, returned = leapfrog(there, -at_end, quartic, step_size=steps_of(7, 0.1), leapfrogs=20)
+    momentum, _, stretch = drawn(noise, z)
+    size = 0.1 * (1 + HMC().jitter * stretch)
+    there, at_end = leapfrog(start(z, quartic), momentum, quartic, step_size=size, leapfrogs=20)
+    back, returned = leapfrog(there, -at_end, quartic, step_size=size, leapfrogs=20)
     assert (there.z - z).abs().min() > 1e-3
     torch.testing.assert_close(back.z, z, rtol=0, atol=1e-10)
     torch.testing.assert_close(-returned, momentum, rtol=0, atol=1e-10)
@@ -89,7 +96,7 @@ def test_one_leapfrog_is_mala() -> None:
 # ---- stationarity -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", [HMC(leapfrogs=4), MALA], ids=["hmc", "mala"])
+@pytest.mark.parametrize("kernel", [HMC(leapfrogs=4), HMC(leapfrogs=4, jitter=0.9), MALA], ids=["hmc", "jitter", "mala"])
 def test_the_target_is_stationary(kernel: HMC) -> None:
     """Moments of a correlated Gaussian over 4,000 chains that start at one point, each within 4.5 standard errors."""
     count = 4000
@@ -107,6 +114,43 @@ def test_unadjusted_langevin_has_its_known_bias() -> None:
     found = sample(lambda x: -(precision * x * x).sum(-1) / 2, z, kernel=ULA(), budget=41, noise=noise, step_size=size, burn_in=0).chain.z
     variance = 1 / (precision * (1 - size**2 * precision / 4))
     assert ((found.var(0) / variance - 1).abs() < 4.5 * math.sqrt(2 / count)).all()
+
+
+# ---- periods ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [MALA, *(HMC(leapfrogs) for leapfrogs in (2, 5, 10, 20))], ids=lambda kernel: f"{kernel.leapfrogs}")
+def test_chains_from_afar_arrive_within_sixty_gradients(kernel: HMC) -> None:
+    """From 4 standard deviations off on N(0, I), by the kernel's first step: a trajectory of a whole period would end where it began."""
+    z = torch.full((300, 16), 4.0)
+    found = sample(standard, z, kernel=kernel, budget=61, noise=Noise(1, torch.arange(300)))
+    assert found.chain.z.square().mean().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("leapfrogs", [2, 5, 10, 20])
+@pytest.mark.parametrize("least, floor", [(1.0, 10), (0.2, 6)], ids=["equal", "unequal"])
+def test_no_chain_is_caught_in_a_period(leapfrogs: int, least: float, floor: float) -> None:
+    """On Normals of equal and of unequal scales: the worst decile of chains has draws worth at least `floor` per 1,000 gradients."""
+    scale, kernel, warm = torch.linspace(least, 1, 16), HMC(leapfrogs), 500 // leapfrogs
+    z, noise = scale * torch.randn(60, 16), Noise(2, torch.arange(60))
+    first = torch.full((60,), kernel.first_step)
+    density = lambda z: standard(z / scale)  # noqa: E731
+    states = walk(start(z, density), density, kernel=kernel, steps=3 * warm, burn_in=warm, step_size=first, noise=noise, purpose="walk")
+    kept = torch.stack([state.chain.z for state in states][warm:])
+    worst = effective_size(kept.flatten(1)).view(60, 16).min(-1).values / (len(kept) * leapfrogs / 1000)
+    assert worst.quantile(0.1) > floor
+
+
+def test_stretches_are_uniform_and_know_nothing_of_the_test() -> None:
+    """A chain's own at every step; within 4.5 standard errors of the moments of U(-1, 1)."""
+    z, noise = chains(500, 3)
+    steps = list(itertools.islice(draws(noise, "test", z), 20))
+    stretch, uniform = torch.stack([d.stretch for d in steps]).flatten(), torch.stack([d.uniform for d in steps]).flatten()
+    count = len(stretch)
+    assert len(stretch.unique()) > 0.99 * count and -1 < stretch.min() and stretch.max() <= 1
+    assert abs(stretch.mean()) < 4.5 / math.sqrt(3 * count)
+    assert abs(stretch.square().mean() - 1 / 3) < 4.5 * math.sqrt(4 / 45 / count)
+    assert abs((stretch * (uniform - 0.5)).mean()) < 4.5 / math.sqrt(36 * count)
 
 
 # ---- step sizes ---------------------------------------------------------------------------------------------------------------------
@@ -239,5 +283,7 @@ def test_borders_are_checked() -> None:
         sample(lambda x: quartic(x) + torch.inf, z, kernel=MALA, budget=20, noise=noise)
     with pytest.raises(ValueError, match="a divisor of them, got 3 for 4"):
         sample(quartic, z, kernel=MALA, budget=20, noise=Noise(0, torch.arange(3)))
+    with pytest.raises(ValueError, match="jitter: expected a share of the step from 0 to below 1, got 1.0"):
+        sample(quartic, z, kernel=HMC(jitter=1.0), budget=20, noise=noise)
     with pytest.raises(ValueError, match="a step size above 0"):
         sample(quartic, z, kernel=MALA, budget=20, noise=noise, step_size=0.0)

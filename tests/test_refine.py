@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal as Gaussian
 
+import meme_dist.refine as module_of_refine
 from meme_dist import refine_command
+from meme_dist.attacks import replaced
 from meme_dist.cli import main as cli
+from meme_dist.data.index import Manifest
 from meme_dist.data.sets.linear_gaussian import LinearGaussian, linear_gaussian, parameters
 from meme_dist.data.shards import write_shards
 from meme_dist.data.stream import Evaluation
 from meme_dist.distributions import DiagNormal
 from meme_dist.likelihoods import Normal
 from meme_dist.mcmc import HMC, MALA, MAP, ULA, Kernel
-from meme_dist.metrics.rows import noise_of
+from meme_dist.metrics.rows import holds, noise_of
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
 from meme_dist.objectives.holder import Holder
@@ -95,7 +98,7 @@ def test_temper_and_choice_are_in_the_target() -> None:
     """A tempered Normal likelihood is one of a larger scale, a modality left out is one that is missing, a weight of training drops out."""
     truth = parameters()
     x, mask, batch = data(truth, PATTERNS)
-    tempered = LinearGaussian(truth.weight, truth.bias, truth.scale | {"x1": truth.scale["x1"] / 0.3**0.5})
+    tempered = LinearGaussian(truth.weight, truth.bias, {**truth.scale, "x1": truth.scale["x1"] / 0.3**0.5})
     found = refine(planted(truth, weight=5.0), batch, budget=101, samples=200, modalities=["x2", "x1"], temper={"x1": 0.3})
     assert_posterior(found.z, *tempered.posterior(x, mask & torch.tensor([False, True, True])))
 
@@ -140,6 +143,23 @@ def test_the_target_is_what_it_says_for_every_objective(kind: type[Objective]) -
                 explained = Gaussian(objective.modality(name).decoder(z), SPREAD).log_prob(x[name][b]).sum()
                 total = total + (0.5 if name == "b" else 1.0) * explained
         torch.testing.assert_close(found.after[k, b], total)
+
+
+def test_many_chains_are_evaluated_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders see no more chains at once than there is room for, or one of each row; what is found is the same."""
+    objective = build(MVAE)
+    _, batch = rows(PATTERNS)
+    settings: dict[str, Any] = {"budget": 6, "samples": 5, "temper": 0.5}
+    seen: list[int] = []
+    objective.modality("a").decoder.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[:-1].numel()))
+    whole, most = refine(objective, batch, **settings), max(seen)
+    for room, copies in ((1, 1), (2 * len(batch.draw), 2)):
+        seen.clear()
+        monkeypatch.setattr(module_of_refine, "AT_ONCE", room)
+        parts = refine(objective, batch, **settings)
+        assert max(seen) == copies * most / 5
+        for ours, theirs in zip((parts.z, parts.before, parts.after), (whole.z, whole.before, whole.after), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def private(names: Mapping[str, int]) -> dict[str, Modality]:
@@ -205,17 +225,52 @@ def test_borders_are_checked() -> None:
         refine(objective, batch, kernel=HMC(leapfrogs=0))
 
 
-def test_rows_that_are_not_measured_cost_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first twelve rows are asked for: what is said of them does not depend on later batches, whose chains are not run."""
+def test_a_chain_is_run_for_each_measured_row_and_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not asked for, or lack the sources, cost nothing and spoil nothing; the figures are those of the whole batch."""
+    objective, (_, batch) = build(MVAE), rows(PATTERNS * 2)
+    batch = batch._replace(draw=torch.arange(len(batch.draw)))
+    sources: list[tuple[str, ...]] = [("a",), ("a", "c")]
+    settings: dict[str, Any] = {"kernel": MALA, "budget": 8}
+    chains: list[int] = []
+    monkeypatch.setattr(refine_command, "refine", lambda of, part, **k: chains.append(len(part.draw)) or refine(of, part, **k))
+    metric = refine_command.refinement(sources, rows=10, temper={"a": 0.5}, **settings)
+    unwanted = batch.modalities["a"].row >= 10
+    spoilt = torch.where(unwanted[:, None], torch.nan, batch.modalities["a"].data)
+    found = metric(objective, replaced(batch, "a", spoilt))
+    held = {names: holds(batch, names) & (batch.draw < 10) for names in sources}
+    assert chains == [int(wanted.sum()) for wanted in held.values()]
+    for names, wanted in held.items():
+        whole = refine(objective, batch.only(*names), temper={"a": 0.5}, **settings)
+        expected = {"+".join(names): ((whole.after - whole.before)[0], wanted)}
+        explained = objective.explanations(batch.only("b"), torch.cat([whole.first, whole.z])[None])[0, 0]
+        expected["+".join(names) + ">b"] = (explained[1] - explained[0], wanted & holds(batch, ["b"]))
+        for key, (gain, counted) in expected.items():
+            assert float(found[f"{key}/gain"].total) == pytest.approx(gain[counted].sum().item(), rel=1e-6)
+            assert float(found[f"{key}/gain"].count) == float(counted.sum()) > 0
+
+
+def test_batches_without_a_measured_row_cost_no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums are those of the others, of nothing."""
     objective, (_, batch) = build(MVAE), rows(PATTERNS)
     places = torch.arange(len(batch.draw))
-    calls: list[int] = []
-    monkeypatch.setattr(refine_command, "refine", lambda *a, **k: calls.append(1) or refine(*a, **k))
     metric = refine_command.refinement([("a",), ("a", "b")], rows=12, kernel=MAP(rate=0.4), budget=4, temper={})
-    near, far = (metric(objective, batch._replace(draw=places + past)) for past in (0, 12))
-    assert len(calls) == 2 and near.keys() == far.keys()
+    near = metric(objective, batch._replace(draw=places))
+    monkeypatch.setattr(refine_command, "refine", None)
+    far = metric(objective, batch._replace(draw=places + 12))
+    assert near.keys() == far.keys()
     assert all(float(sums.count.sum()) == 0 == float(sums.total.sum()) for sums in far.values())
-    assert float(near["a/gain"].count) == float(batch.observed[:12, 0].sum())
+
+
+def test_the_first_rows_are_shared_by_all_ranks(tmp_path: Path) -> None:
+    write_shards(linear_gaussian(rows=200), tmp_path)
+    manifest = Manifest.load(tmp_path)
+    most = manifest.num_rows("test")
+    for asked, world in ((8, 1), (9, 2), (7, 3), (most + 100, 2)):
+        ranks = [refine_command.first_rows(manifest, asked, seed=0, rank=rank, world=world) for rank in range(world)]
+        held = [torch.cat([batch.draw[batch.observed.any(1)] for batch in mine]) for mine in ranks]
+        measured = [draw[draw < asked] for draw in held]
+        assert torch.cat(measured).sort().values.tolist() == list(range(min(asked, most)))
+        assert max(map(len, measured)) == -(-min(asked, most) // world)
 
 
 # ---- a model whose inference is refined ---------------------------------------------------------------------------------------------
