@@ -7,8 +7,8 @@ types     Each way to tell the networks a vertex's type, trained through the rec
 speed     log p(graph | z) and its gradient, all states of a vertex at once beside one choice after the other.
 missing   MEME of graph and value with more and more entries missing: either from the other, and what graphs that were asked for by value
           are really worth (made-up graphs, whose value is known for any graph).
-search    Bayesian optimisation in the latent space beside random trials of the same candidates: Bayesian networks scored by BIC where
-          --source has them, made-up graphs otherwise.
+search    Bayesian optimisation in the latent space beside random trials of the same candidates, from 300 values: training has all graphs
+          and those values alone. Bayesian networks scored by BIC where --source has them, made-up graphs otherwise.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ from benchmarks.record import CPU, interleaved, keep
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets import asia, dags
 from meme_dist.data.sets._graphs import parts as splits_of
-from meme_dist.data.shards import write_shards
+from meme_dist.data.shards import Dataset, write_shards
+from meme_dist.data.shards import Row as Example
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate
 from meme_dist.metrics import graphs
@@ -56,6 +57,7 @@ Set = Literal["enas", "asia", "dags8", "dags512"]
 VERTICES: tuple[Vertices, ...] = ("one_hot", "one_hot_x4", "embedding", "tied")
 CONTROL = "one_hot"
 INDUCING = 500
+KNOWN = 300  # values from which a search begins
 ROWS, SIZE = 20_000, 8  # made-up graphs, and their vertices at most
 Row = dict[str, Any]
 
@@ -128,8 +130,8 @@ def main(
 def trained(cases: Sequence[Case], jobs: int) -> Iterator[Row]:
     """Each case in a process of its own, several at a time; the rows come in the order of the cases."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(max(1, jobs), mp_context=get_context("spawn")) as pool:
-        for data, share in sorted({(case.data, case.missing) for case in cases}):  # once, before two processes want it
-            write_shards(_dataset(next(c for c in cases if (c.data, c.missing) == (data, share))), _shards(folder, data, share))
+        for shards, case in {_shards(folder, case): case for case in cases}.items():  # once, before two processes want it
+            write_shards(_dataset(case), shards)
         for case, row in zip(cases, pool.map(measured, cases, [folder] * len(cases)), strict=True):
             print(told(row), flush=True)
             about = {name: value for name, value in case._asdict().items() if name != "source"}  # a folder of this machine
@@ -164,7 +166,7 @@ def recipe_of(case: Case) -> Recipe:
 def measured(case: Case, folder: str) -> Row:
     """Train it, and measure what its part asks for; on one thread."""
     torch.set_num_threads(1)
-    recipe, shards = recipe_of(case), _shards(folder, case.data, case.missing)
+    recipe, shards = recipe_of(case), _shards(folder, case)
     manifest = Manifest.load(shards)
     objective = initial_objective(recipe, manifest)
     stream = Stream(shards, "train", batch_size=recipe.training.batch_size, seed=case.seed)
@@ -232,14 +234,14 @@ def _asked(objective: Objective, shards: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _searched(case: Case, objective: Objective, shards: Path) -> Row:
-    """From 300 known graphs, the best value after each round; in standard deviations of the training values."""
-    known = graphs.table(objective, _rows(shards, "train"), rows=300)
+    """From the known graphs, the best value after each round; in standard deviations of the training values."""
+    known = graphs.table(objective, _rows(shards, "train"), rows=KNOWN)
     valid = asia.complete if case.data == "asia" else graphs.everything_valid
     oracle, every = _oracle(case)
     row: Row = {"known_best": round(float(known.value.max()), 3), "set_best": round(every, 3)}
-    for guided in (True, False):
-        search = graphs.optimise(objective, known, oracle, guided=guided, seed=case.seed, valid=valid)
-        name = "guided" if guided else "random"
+    guided = graphs.optimise(objective, known, oracle, seed=case.seed, valid=valid)
+    random = graphs.at_random(guided, known, oracle, seed=case.seed, valid=valid)
+    for name, search in {"guided": guided, "random": random}.items():
         row |= {name: [round(v, 3) for v in search.best], f"{name}_tried_mean": round(float(search.value.mean()), 3)}
     return row
 
@@ -261,14 +263,20 @@ def _rows(shards: Path, split: str) -> Evaluation:
     return Evaluation(shards, split, batch_size=500)
 
 
-def _dataset(case: Case):
+def _dataset(case: Case) -> Dataset:
+    """The recipe's rows; for a search, values of the first `KNOWN` training rows alone, which so are the ones that it begins with."""
     dataset = recipe_of(case).dataset
     assert dataset is not None
-    return dataset
+
+    def partly(split: str) -> Iterator[Example]:
+        for number, row in enumerate(dataset.rows(split)):
+            yield row if split == "test" or number < KNOWN else Example({"graph": row.data["graph"]})
+
+    return replace(dataset, rows=partly, source={**dataset.source, "known": KNOWN}) if case.part == "search" else dataset
 
 
-def _shards(folder: str, data: str, missing: float) -> Path:
-    return Path(folder) / f"{data}-{missing}"
+def _shards(folder: str, case: Case) -> Path:
+    return Path(folder) / f"{case.data}-{case.missing}{'-known' if case.part == 'search' else ''}"
 
 
 # ---- speed ------------------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ the rest, as the one place to which every vertex without a successor leads. Ever
 `to_array` puts vertices into one topological order, so that numbering them otherwise gives the same array: always next, among those whose
 predecessors are placed, the one of the lowest type, then of the lexicographically lowest places of predecessors. Vertices that agree in
 both keep the order in which they were given; where their types differ (always in a Bayesian network) nothing depends on the numbering.
+
+Graphs are the same if numbering vertices otherwise, types kept, makes one the other: vertices of one type have no names. A graph then has
+as many arrays as topological orders, any of which a sampler may return; `canonical` puts the same one for all of them.
 """
 
 from collections.abc import Sequence
@@ -62,6 +65,18 @@ def to_graph(x: np.ndarray, vocabulary: Sequence[str]) -> Graph:
     last = {v for v in range(1, count + 1)} - {u for u, _ in edges}
     names = tuple(vocabulary[int(x[v, 0]) - 1] for v in range(count))
     return Graph((START, *names, END), (*edges, *((v, count + 1) for v in sorted(last))))
+
+
+def canonical(x: np.ndarray) -> np.ndarray:
+    """Arrays [R, G, 1 + G] that are equal exactly where the graphs of x are the same: of each graph one of its arrays, the same for all.
+
+    Its order is one that `to_array` gives. Exact: what neighbours do not tell apart is tried in each order, which takes long only for
+    large graphs of many like branches (eight copies of one chain of vertices, say).
+    """
+    if not len(x):
+        return x
+    different, place = np.unique(x, axis=0, return_inverse=True)
+    return np.stack([_reordered(one) for one in different])[place.reshape(-1)]
 
 
 def check(x: np.ndarray, types: int) -> None:
@@ -130,6 +145,51 @@ def _placed(graph: Graph, inner: Sequence[int], before: dict[int, set[int]], num
         place[chosen] = 1 + len(inner) - len(left)
         left.remove(chosen)
     return place
+
+
+def _reordered(x: np.ndarray) -> np.ndarray:
+    """The array of one graph in its canonical order: next is the ready vertex of the lowest type, places of predecessors, and colour.
+
+    Where vertices agree in all three, every way to go on is followed, and those that turn out to be higher are dropped.
+    """
+    token = [0, *x[x[:, 0] > 0, 0].tolist()]
+    slots = range(1, len(token))
+    before = {v: frozenset(np.flatnonzero(x[v - 1, 1:]).tolist()) for v in slots}
+    after = {u: frozenset(v for v in slots if u in before[v]) for u in (0, *slots)}
+    colour = _colours(token, before, after)
+    needed, twin = {}, {}
+    for v in slots:  # one after the other, as they are numbered, where type and neighbours are the same: to exchange them changes nothing
+        own = (token[v], before[v], after[v])
+        needed[v], twin[own] = before[v] | {twin.get(own, 0)}, v
+    ways = [{0: 0}]  # from slot to place
+    for place in slots:
+        steps = [(way, v) for way in ways for v in slots if v not in way and needed[v] <= way.keys()]
+        keys = [(token[v], sorted(way[u] for u in before[v]), colour[v]) for way, v in steps]
+        least = min(keys)
+        found = [way | {v: place} for (way, v), key in zip(steps, keys, strict=True) if key == least]
+        ways = list({_open(way, after): way for way in found}.values())
+    made = np.zeros_like(x)
+    for v, place in ways[0].items():
+        if v:
+            made[place - 1, 0] = token[v]
+            made[place - 1, [1 + ways[0][u] for u in before[v]]] = 1
+    return made
+
+
+def _open(way: dict[int, int], after: dict[int, frozenset[int]]) -> tuple[frozenset[int], frozenset[tuple[int, int]]]:
+    """What the rest of the order depends on: which vertices are placed, and the places of those that still lead to others."""
+    return frozenset(way), frozenset((u, place) for u, place in way.items() if not after[u] <= way.keys())
+
+
+def _colours(token: list[int], before: dict[int, frozenset[int]], after: dict[int, frozenset[int]]) -> dict[int, int]:
+    """A number for each slot, equal for those that look alike to any depth: by type, and by the colours before and after them (Weisfeiler
+    and Leman 1968). It does not depend on how vertices are numbered."""
+    colour, known = dict(enumerate(token)), 0
+    while known < (count := len(set(colour.values()))) < len(colour):
+        look = {v: (colour[v], *(tuple(sorted(colour[u] for u in near[v])) for near in (before, after))) for v in before}
+        rank = {one: number for number, one in enumerate(sorted(set(look.values())), 1)}
+        colour, known = {0: 0} | {v: rank[look[v]] for v in look}, count
+    return colour
 
 
 def _few(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ TINY = 1e-12  # of the trace of what is factored at the end
 START = (1.0, 1.0, 0.1)  # a^2, l, s^2
 BOUNDS = ((1e-2, 1e3), (1e-2, 1e3), (1e-5, 1e1))
 ITERATIONS = 50  # of the search for them
+ALIKE = BOUNDS[1][0] / 10  # rows so near each other are one row to a process of the shortest length
 
 
 class Fitted(NamedTuple):
@@ -44,7 +45,7 @@ class Predictivity(NamedTuple):
 
 
 def fit(z: np.ndarray, y: np.ndarray, *, inducing: int = 500, seed: int = 0) -> Fitted:
-    """A process from z [R, D] to y [R]; `inducing` rows of them, each different and drawn by `seed`, carry it (all where there are fewer).
+    """A process from z [R, D] to y [R]; `inducing` rows of them, drawn by `seed`, no two alike, carry it (all that there are of fewer).
 
     Raises ValueError for fewer than two rows, for values that are all alike, and for numbers that are not finite.
     """
@@ -54,9 +55,7 @@ def fit(z: np.ndarray, y: np.ndarray, *, inducing: int = 500, seed: int = 0) -> 
     spread = float(np.sqrt(z.var(0).sum())) or 1.0
     centre = (float(y.mean()), float(y.std()))
     scaled, target = z / spread, (y - centre[0]) / centre[1]
-    # Of equal rows one: pairs of equal values are what the likeliest process would explain, by a length of nothing.
-    different = np.sort(np.unique(scaled, axis=0, return_index=True)[1])
-    chosen = np.random.default_rng(seed).permutation(different)[:inducing]
+    chosen = _different(scaled, np.random.default_rng(seed).permutation(len(scaled)), inducing)
     variance, length, noise = _hyperparameters(scaled[chosen], target[chosen])
     points = scaled[chosen]
     between = _covariance(points, points, variance, length) + JITTER * variance * np.eye(len(points))
@@ -88,6 +87,20 @@ def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -
     """E max(f - best, 0) where f ~ N(mean, deviation^2): what a trial is worth to one who looks for high values (Mockus 1975)."""
     gain, safe = mean - best, np.maximum(deviation, 1e-12)
     return gain * stats.norm.cdf(gain / safe) + safe * stats.norm.pdf(gain / safe)
+
+
+def _different(z: np.ndarray, order: np.ndarray, most: int) -> list[int]:
+    """The first rows in this order that are not alike: pairs of equal values the likeliest process would explain by a length of nothing.
+
+    Rows of one graph differ by rounding, which depends on their batch; a length within that is as bad as one of nothing.
+    """
+    chosen: list[int] = []
+    for row in order:
+        if len(chosen) == most:
+            break
+        if not chosen or cdist(z[chosen], z[row : row + 1]).min() > ALIKE:
+            chosen.append(int(row))
+    return chosen
 
 
 def _hyperparameters(z: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:

@@ -1,8 +1,9 @@
 """What a model of graphs can do: get graphs back, make new ones, tell their value from z, and find better ones.
 
 Measured by greedy decoding (the most probable choice at each step) unless it says sampled. D-VAE (Zhang et al. 2019) calls accuracy the
-share of exact reconstructions; of its other figures validity is 1 here by construction, since every decoded array is a graph, so that
-`valid` says what a data set asks beyond that (each variable once, say); and novelty says little where a space has 10^9 graphs.
+share of exact reconstructions, of the same array as here; of its other figures validity is 1 here by construction, since every decoded
+array is a graph, so that `valid` says what a data set asks beyond that (each variable once, say); and novelty says little where a space
+has 10^9 graphs. Graphs that are new, or tried already, are told by `canonical`: in whatever order their vertices come.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from sklearn.ensemble import HistGradientBoostingRegressor
 from torch import Tensor
 
+from meme_dist.data.graph_codec import canonical
 from meme_dist.metrics import gaussian_process
 from meme_dist.metrics.gaussian_process import Predictivity, expected_improvement, predictivity
 from meme_dist.metrics.rows import Metric, decoded, device_of, evaluating, holds, noise_of, on_device, with_square
@@ -125,9 +127,13 @@ def prior_graphs(objective: Objective, num: int, *, draws: int = 10, seed: int =
 def novelty(made: Int[np.ndarray, "R G columns"], known: Int[np.ndarray, "S G columns"], valid: Valid = everything_valid) -> Made:
     """What graphs are worth that a model made, beside those that it was trained on."""
     kept = made[valid(made)]
-    names, old = [x.tobytes() for x in kept.astype(np.int64)], {x.tobytes() for x in known.astype(np.int64)}
+    names, old = _names(canonical(kept)), set(_names(canonical(known)))
     count = max(1, len(kept))
     return Made(len(kept) / max(1, len(made)), len(set(names)) / count, sum(n not in old for n in names) / count, len(made))
+
+
+def _names(x: Int[np.ndarray, "R G columns"]) -> list[bytes]:
+    return [one.tobytes() for one in x.astype(np.int64)]
 
 
 # ---- telling their value --------------------------------------------------------------------------------------------------------------
@@ -180,12 +186,20 @@ def _features(x: Int[np.ndarray, "R G columns"], few: bool) -> Float[np.ndarray,
 # ---- finding better ones --------------------------------------------------------------------------------------------------------------
 
 
+class Pool(NamedTuple):
+    """What there is to try: latents, and the most probable graph at each, in its canonical order."""
+
+    z: Float[np.ndarray, "R D"]
+    x: Int[np.ndarray, "R G columns"]
+
+
 class Search(NamedTuple):
-    """The best value known after 0, 1, ... rounds, and all that was tried: graphs and their values."""
+    """The best value known after 0, 1, ... rounds; all that was tried, graphs and their values; what each round had to choose from."""
 
     best: tuple[float, ...]
     x: Int[np.ndarray, "R G columns"]
     value: Float[np.ndarray, " R"]
+    pools: tuple[Pool, ...]
 
 
 def optimise(
@@ -198,55 +212,77 @@ def optimise(
     candidates: int = 2000,
     spread: float = 0.3,
     valid: Valid = everything_valid,
-    guided: bool = True,
     seed: int = 0,
     name: str = "graph",
 ) -> Search:
     """Bayesian optimisation in the latent space: in each round the `batch` new graphs of highest expected improvement are tried.
 
-    Candidates are half draws from the prior, half the best known latents with `spread` times the latents' deviation as noise; the process
-    is fitted to all that is known. Not `guided`, the control: the same candidates, tried in random order.
+    Candidates are half draws from the prior, half the best latents known by then with `spread` times the latents' deviation as noise; the
+    process is fitted to all that is known by then. `at_random` is its control.
     """
     rng = np.random.default_rng(seed)
-    z, value, seen = known.z, known.value, {one.astype(np.int64).tobytes() for one in known.x}
-    best, tried_x, tried_y = [float(value.max())], [known.x[:0]], [value[:0]]
-    for turn in range(rounds):
+
+    def propose(turn: int, z: np.ndarray, value: np.ndarray) -> tuple[Pool, np.ndarray]:
         top = z[np.argsort(-value)[: candidates // 20 + 1]]
-        pool, graphs = _candidates(objective, name, top, candidates, spread * z.std(0), seed * rounds + turn, rng)
-        worth = rng.random(len(pool))
-        if guided:
-            mean, deviation = gaussian_process.predict(gaussian_process.fit(z, value, inducing=300, seed=seed), pool)
-            worth = expected_improvement(mean, deviation, best[-1])
-        chosen = _new(graphs, np.argsort(-worth, kind="stable"), valid(graphs), seen, batch)
+        pool = _candidates(objective, name, top, candidates, spread * z.std(0), seed * rounds + turn, rng)
+        mean, deviation = gaussian_process.predict(gaussian_process.fit(z, value, inducing=300, seed=seed), pool.z)
+        return pool, expected_improvement(mean, deviation, float(value.max()))
+
+    return _search(known, oracle, rounds, batch, valid, propose)
+
+
+def at_random(search: Search, known: Table, oracle: Oracle, *, batch: int = 20, valid: Valid = everything_valid, seed: int = 0) -> Search:
+    """The control of a search: in each round the same candidates, tried in random order.
+
+    They are drawn around what that search had found, which random trials alone would not have: the difference is what the process's choice
+    among candidates is worth, and nothing else.
+    """
+    rng = np.random.default_rng(seed)
+    return _search(
+        known, oracle, len(search.pools), batch, valid, lambda turn, *_: (search.pools[turn], rng.random(len(search.pools[turn].z)))
+    )
+
+
+def _search(
+    known: Table,
+    oracle: Oracle,
+    rounds: int,
+    batch: int,
+    valid: Valid,
+    propose: Callable[[int, np.ndarray, np.ndarray], tuple[Pool, np.ndarray]],
+) -> Search:
+    """`propose`: from the round's number, latents and values known by then, to candidates and what a trial of each is worth."""
+    z, value, seen = known.z, known.value, set(_names(canonical(known.x)))
+    best, tried, pools = [float(value.max())], [known.x[:0]], list[Pool]()
+    for turn in range(rounds):
+        pool, worth = propose(turn, z, value)
+        pools.append(pool)
+        chosen = _new(pool.x, np.argsort(-worth, kind="stable"), valid(pool.x), seen, batch)
         if chosen:
-            found = oracle(graphs[chosen])
-            z, value = np.concatenate([z, pool[chosen]]), np.concatenate([value, found])
-            tried_x.append(graphs[chosen])
-            tried_y.append(found)
+            tried.append(pool.x[chosen])
+            z, value = np.concatenate([z, pool.z[chosen]]), np.concatenate([value, oracle(pool.x[chosen])])
         best.append(float(value.max()))
-    return Search(tuple(best), np.concatenate(tried_x), np.concatenate(tried_y))
+    return Search(tuple(best), np.concatenate(tried), value[len(known.value) :], tuple(pools))
 
 
 def _candidates(
     objective: Objective, name: str, top: np.ndarray, num: int, deviation: np.ndarray, seed: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latents [num, D], and the most probable graph at each."""
+) -> Pool:
     near = top[rng.integers(len(top), size=num - num // 2)]
     near = near + deviation * rng.standard_normal(near.shape)
     with evaluating(objective):
         noise = Noise(seed, torch.arange(num, device=device_of(objective)))
         z = objective.prior().sample(noise, "candidates", 1)
         z[0, num // 2 :] = torch.from_numpy(near).to(z)
-        return z[0].cpu().numpy(), objective.reconstruct(name, z, noise, "candidates")[0].cpu().numpy()
+        return Pool(z[0].cpu().numpy(), canonical(objective.reconstruct(name, z, noise, "candidates")[0].cpu().numpy()))
 
 
 def _new(graphs: np.ndarray, order: np.ndarray, valid: np.ndarray, seen: set[bytes], most: int) -> list[int]:
     """The first valid graphs in this order that nobody has tried; they count as tried now."""
-    chosen: list[int] = []
+    chosen, names = list[int](), _names(graphs)
     for place in order:
-        key = graphs[place].astype(np.int64).tobytes()
-        if valid[place] and key not in seen:
-            seen.add(key)
+        if valid[place] and names[place] not in seen:
+            seen.add(names[place])
             chosen.append(int(place))
         if len(chosen) == most:
             break
