@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 PROGRAM = "meme-dist"
-STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+STYLE = (tyro.conf.OmitArgPrefixes,)
 
 T = TypeVar("T")
 

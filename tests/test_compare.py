@@ -1,6 +1,8 @@
 """Laws of comparisons: what is planned is what is run, once; what is reported is what the runs hold; what fails takes nothing with it."""
 
+import csv
 import inspect
+import io
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from rich.console import Console
 from scipy import stats
 
 from meme_dist import cli
-from meme_dist.compare import cells, command, tabulation
+from meme_dist.compare import cells, command, measurements, rivals, tabulation
 from meme_dist.compare.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
 from meme_dist.compare.report import write_report
 from meme_dist.compare.running import Runner, Running, Task, orphans_of, surroundings
@@ -35,6 +37,7 @@ from tests.ranks import forkserver
 QUIET = Console(quiet=True)
 SMALL = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--batch-size", "8", "--pseudo-inputs", "4"]
 TINY = [*SMALL, "--rows-in-all", "40"]
+WRITTEN = ("table.json", "costs.json", "report.md", *(f"measurements.{ending}" for ending in ("md", "csv", "tex")))
 PRETENDED = Path(__file__).with_name("pretended.py")
 
 
@@ -79,7 +82,16 @@ def test_flags_say_every_keyword_of_every_recipe_so_that_training_understands_th
     for keywords in ({**needed, **known}, changed):
         _, arguments = recipe_flags(recipe, {}, [*flags(keywords, known), "--out", "x"], WriteTo, "test")
         assert flatten(arguments) == keywords
-        assert {name: typed(recipe, name, cells._text(value)) for name, value in keywords.items()} == keywords
+        assert {name: typed(recipe, name, cells.shown(value)) for name, value in keywords.items()} == keywords
+
+
+def test_a_switch_is_said_both_ways_and_its_help_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    _, arguments = asked(["--shared", "--no-tight", "--out", "x"])
+    assert arguments["model"].shared and not arguments["model"].tight
+    with pytest.raises(SystemExit):
+        asked(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--shared, --no-shared" in shown and "--tight, --no-tight" in shown
 
 
 def test_flags_of_a_resumed_run_are_what_differs_from_it() -> None:
@@ -96,8 +108,11 @@ def test_words_name_models_parts_and_varied_keywords() -> None:
     assert model_of("linear_gaussian", "meme") == ("meme", {"objective": "meme"})
     assert model_of("linear_gaussian", "wide=:latent_dim=9") == ("wide", {"latent_dim": 9})
     assert varied_of("linear_gaussian", "missing=0,.5") == ("missing", [0.0, 0.5])
+    assert varied_of("linear_gaussian", "batch-size=8,16") == varied_of("linear_gaussian", "batch_size=8,16") == ("batch_size", [8, 16])
+    assert model_of("linear_gaussian", "wide=:latent-dim=9") == ("wide", {"latent_dim": 9})
     base = {"samples": 5}
     assert part_of("linear_gaussian", "samples=1,5,30", base) == {"samples=1": {"samples": 1}, "samples=30": {"samples": 30}}
+    assert part_of("linear_gaussian", "batch-size=8", {}) == {"batch_size=8": {"batch_size": 8}}
     assert part_of("linear_gaussian", "kept:stop_gradient=false,samples=3", base) == {"kept": {"stop_gradient": False, "samples": 3}}
 
 
@@ -113,6 +128,7 @@ def test_words_name_models_parts_and_varied_keywords() -> None:
         (["--models", "a b=meme", "a-b=mmvae"], "two cells would share a folder: a-b-seed"),
         (["--reference", "mvae", "--models", "meme"], "reference: expected one of the models ['meme'], got 'mvae'"),
         (["--vary", "missing=0,.1", "missing=.2"], "vary: expected different names, got 'missing' twice; give all its values at once"),
+        (["--seeds", "0", "1", "0"], "seeds: expected different ones, got 0 1 0; a run twice tells nothing new"),
         (["--seed", "5"], "seed 5: no run would have it, they have the seeds 0 1 2; name all of them"),
     ],
 )
@@ -127,6 +143,10 @@ def test_a_wrong_word_is_refused_before_anything_runs(words: list[str], complain
         (["compare", "--vary", "missing=0,.1", "--vary", "event=3,4"], "--vary: expected once, with all its values behind it"),
         (["compare", "--models", "meme", "--models=mmvae"], "--models: expected once"),
         (["ablate", "--seeds", "0", "--seeds", "1"], "--seeds: expected once"),
+        (["compare", "--models"], "--models: expected values behind it .--models A B., got none"),
+        (["compare", "--models", "--seeds", "0"], "--models: expected values behind it"),
+        (["compare", "--models="], "--models: expected values behind it"),
+        (["compare", "--models", ""], "--models: expected values behind it"),
         (["compare", "--models", "meme", "meme"], "models: expected different names, got 'meme' twice; NAME=MODEL gives one"),
         (["compare", "--seed", "0"], "--seed: .* name them: --seeds 0 1 2"),
         (["ablate", "--seed=3"], "--seed: .* name them: --seeds 0 1 2"),
@@ -223,14 +243,57 @@ def test_an_ablation_changes_one_part_of_the_base_at_a_time_and_by_default_each_
     given, arguments = asked([*TINY, "--out", "x", "--part", "samples=1,2,9", "--part", "k:event=2"], command.Ablation)
     command.ablate("linear_gaussian", arguments, given, console=QUIET)
     assert list(plans[1].models) == ["base", "samples=1", "samples=9", "k"]
+    given, arguments = asked([*TINY, "--out", "x", "--no-shared", "--no-stop-gradient", "--estimator", "released"], command.Ablation)
+    command.ablate("linear_gaussian", arguments, given, console=QUIET)
+    assert not {"second encoders", "estimator=rao_blackwell"} & set(plans[2].models) and "weights' gradient kept" in plans[2].models
+
+
+def test_the_default_parts_of_meme_are_rivals_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(command, "run_plan", lambda plan, *_, **__: plans.append(plan) or 0)
+    for words in ([], ["--no-shared"], ["--no-stop-gradient", "--estimator", "rao_blackwell"]):
+        given, arguments = asked([*TINY, "--out", "x", "--seeds", "0", *words], command.Ablation)
+        command.ablate("linear_gaussian", arguments, given, console=QUIET)
+        rivals.check(plans[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            ["a=mmvae:cross_weight=1", "b=mmvae:cross_weight=5"],
+            "models 'a' and 'b' would be the same model twice: they differ in cross_weight",
+        ),
+        (["meme", "m=meme:samples=2"], "models 'meme' and 'm' would be the same model twice: they have the same settings"),
+        (["a=mvae:alpha=.1", "b=mvae", "mmvae"], "they differ in alpha, which neither reads; leave one of them out"),
+        (["meme", "p=meme:pool=product", "q=meme:pool=product"], "models 'p' and 'q' would be the same model twice"),
+    ],
+)
+def test_a_model_twice_is_no_comparison(tmp_path: Path, words: list[str], complaint: str) -> None:
+    runner = Runner(plan_of("--models", *words), Running(tmp_path / "out"), console=QUIET)
+    with pytest.raises(ValueError, match=complaint):
+        runner.check()
+
+
+def test_models_that_are_the_same_in_some_settings_only_are_rivals_and_so_are_pools() -> None:
+    rivals.check(plan_of("--models", "a=:cross_weight=1", "b=:cross_weight=5", "--vary", "objective=mmvae,meme"))
+    rivals.check(plan_of("--models", "meme", "p=meme:pool=product", "m=meme:pool=mixture"))
+
+
+def test_a_model_that_cannot_be_built_is_left_to_its_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("nothing there")
+
+    monkeypatch.setattr(rivals, "_manifest", broken)
+    rivals.check(plan_of("--models", "a=mmvae:cross_weight=1", "b=mmvae:cross_weight=5"))
 
 
 # ---- statistics -------------------------------------------------------------------------------------------------------------------
 
 
 def runs_of(plan: Plan, value: Callable[[cells.Cell], float | None], name: str = "cross_coherence/a>b") -> list[Run]:
-    found = {cell.name: value(cell) for cell in plan.cells()}
-    return [Run(cell, None if found[cell.name] is None else {name: found[cell.name]}, {}, Path(cell.name)) for cell in plan.cells()]
+    found = [(cell, value(cell)) for cell in plan.cells()]
+    return [Run(cell, None if measured is None else {name: measured}, {}, Path(cell.name)) for cell, measured in found]
 
 
 def test_a_table_holds_scipys_intervals_of_pairs_averaged_over_the_settings_of_a_seed() -> None:
@@ -365,7 +428,7 @@ def calls(home: Path) -> list[str]:
 
 
 def digests(home: Path) -> dict[str, bytes]:
-    return {name: (home / name).read_bytes() for name in ("table.json", "costs.json", "report.md", "measurements.md", "plan.json")}
+    return {name: (home / name).read_bytes() for name in (*WRITTEN, "plan.json")}
 
 
 def test_every_cell_is_run_once_and_running_again_changes_no_byte(home: Path, shards: Path) -> None:
@@ -375,7 +438,7 @@ def test_every_cell_is_run_once_and_running_again_changes_no_byte(home: Path, sh
     first = digests(home)
     assert pretend(home, plan, shards) == 0 and len(calls(home)) == 6
     assert digests(home) == first
-    for name in ("table.json", "report.md", "measurements.md", "costs.json"):
+    for name in WRITTEN:
         (home / name).unlink()
     assert command.report_only(home, console=QUIET) == 0 and digests(home) == first
     more = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "2", "3")
@@ -604,6 +667,36 @@ def test_the_report_shows_tables_curves_pictures_and_what_is_missing(home: Path,
     write_report(home)
     text = (home / "report.md").read_text()
     assert "17 of 18 runs are measured" in text and "earlier plan, in no table: `earlier-seed0`" in text
+
+
+def test_the_csv_gives_back_the_numbers_of_the_table_to_the_last_digit() -> None:
+    plan = plan_of("--models", "meme", 'a, "b"=mmvae', "--vary", "missing=0,.5", "--seeds", "0", "1", "2")
+    generator = np.random.default_rng(1)
+    found = tabulated(
+        plan, runs_of(plan, lambda cell: None if cell.model != "meme" and cell.setting["missing"] else float(generator.normal()))
+    )
+    lines = list(csv.DictReader(io.StringIO(measurements.comma_separated(found))))
+    back = {(line["missing"], line["measurement"], line["model"]): line for line in lines}
+    entries = [(e["setting"], name, one) for e in found["settings"] for name, one in e["measurements"].items()]
+    assert len(back) == len(lines) == len(entries) * len(plan.models) == 4
+    for setting, name, one in entries:
+        for model, numbers in one["models"].items():
+            line = back[str(setting["missing"]), name, model]
+            assert {key: float(line[key]) if line[key] else None for key in numbers} == numbers
+            assert line["best"] == str(int(one["best"] == model))
+
+
+def test_the_printed_table_has_balanced_columns_and_no_special_character_bare() -> None:
+    plan = plan_of("--models", "meme", "50 % & {more}_~^\\#$<|>=mmvae", "--vary", "missing=0,.5", "--seeds", "0", "1", "2")
+    found = tabulated(plan, runs_of(plan, lambda cell: -1.0 - (cell.model != "meme") - 0.001 * cell.seed))
+    text = measurements.latex(found)
+    assert r"50 \% \& \{more\}\_\textasciitilde{}\textasciicircum{}\textbackslash{}\#\$\textless{}\textbar{}\textgreater{}" in text
+    assert r"cross\_coherence/a\textgreater{}b & \textbf{$-$1.001 [$-$1.003, $-$0.999]} & $-$2.001 [" in text
+    assert text.count(r"\begin{tabular}{lrr}") == text.count(r"\toprule") == text.count(r"\end{table}") == 2
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    rows = [line for line in text.splitlines() if line.endswith(r" \\")]
+    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [2] * 4
+    assert not re.search(r"(?<!\\)[%#_~^|<>]", text.partition("\n")[2].replace(r"\\", ""))  # behind the comment
 
 
 def test_jobs_share_cores_and_gpus_and_one_job_has_all() -> None:

@@ -2,14 +2,27 @@
 
 import json
 import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meme_dist import stored
 from meme_dist.cli import main
 from meme_dist.compare import cells, command
+from meme_dist.data.index import Manifest
+from meme_dist.data.sets.linear_gaussian import linear_gaussian
+from meme_dist.modality import Modality
+from meme_dist.objectives.base import Objective
+from meme_dist.objectives.mvae import MVAE
+from meme_dist.recipes.base import Model, Recipe
+from meme_dist.recipes.heeded import Unheeded, held
 from meme_dist.recipes.named import recipe_of, short
+from meme_dist.recipes.networks import modalities_for
+from meme_dist.train.training import Training
 
 SOURCE = '''
 from torch import nn
@@ -20,7 +33,8 @@ from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.objectives.mvtcae import MVTCAE
-from meme_dist.recipes.base import Recipe
+from meme_dist.recipes.base import Model, Recipe
+from meme_dist.recipes.networks import modalities_for
 from meme_dist.train.training import Training
 
 
@@ -49,6 +63,27 @@ def mine(*, hidden: int = 4, training: Training = Training(steps=2, batch_size=8
     return Recipe(build, training, linear_gaussian(rows=40))
 
 
+def deaf(*, model: Model = Model(latent_dim=3), training: Training = Training(steps=2, batch_size=8)) -> Recipe:
+    """It takes a model and reads its size alone."""
+    return Recipe(lambda manifest: Mine(modalities_for(manifest.fields, Model(latent_dim=model.latent_dim), scale=1.0)), training, ROWS)
+
+
+def endless(*, training: Training = Training(steps=2)) -> Recipe:
+    """It trains for as long as it likes."""
+    return Recipe(lambda manifest: Mine(modalities_for(manifest.fields, Model(latent_dim=3), scale=1.0)), Training(steps=300), ROWS)
+
+
+def seedless(*, hidden: int = 4) -> Recipe:
+    """It does not say how it trains."""
+    return mine(hidden=hidden)
+
+
+def listed(*, kinds: list[str] = ["a"], training: Training = Training(steps=2)) -> Recipe:
+    """Several words in one keyword."""
+    return mine(training=training)
+
+
+ROWS = linear_gaussian(rows=40)
 nothing = 3
 '''
 
@@ -103,3 +138,94 @@ def test_what_is_no_recipe_is_refused_in_words(own: Path, capsys: pytest.Capture
     with pytest.raises(ValueError, match="recipe 'mine' is not known here; .*FILE.py:FUNCTION"):
         recipe_of("mine")
     assert not (own / "runs").exists() and short("/a/own.py:mine") == "own-mine" and short("mnist_svhn:paper") == "mnist_svhn-paper"
+
+
+# ---- it is held to what it is asked ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taste:
+    """A group of one's own."""
+
+    latent_dim: int = 3
+    beta: float = 1.0
+
+
+class Keeping(MVAE):
+    """An objective that keeps its settings, to read them at every step."""
+
+    def __init__(self, modalities: Mapping[str, Modality], model: Model):
+        super().__init__(modalities)
+        self.model = model
+
+
+def recipe(build: Callable[..., Objective], group: Any = Model(latent_dim=3)) -> Callable[..., Recipe]:
+    """A recipe with one group, held to it."""
+
+    def function(*, group=group, training: Training = Training()) -> Recipe:
+        return Recipe(lambda manifest: build(modalities_for(manifest.fields, Model(latent_dim=3), scale=1.0), group), training, ROWS)
+
+    return held(function)
+
+
+ROWS = linear_gaussian(rows=8)
+FIELDS = Manifest(Path(), ROWS.name, ROWS.fields, ROWS.classes, {}, 0, {})
+
+
+def test_a_setting_that_it_never_reads_is_refused_and_one_that_its_objective_ignores_is_not() -> None:
+    asked = Model(latent_dim=3, objective="mmvae", beta=3.0, cross_weight=1.0, combination="product")
+    deaf = recipe(lambda modalities, _: MVAE(modalities))
+    deaf().build(FIELDS)
+    with pytest.raises(
+        Unheeded, match="asked for --beta 3.0 --combination product --cross-weight 1.0 --objective mmvae, and reads no such"
+    ):
+        deaf(group=asked).build(FIELDS)
+    some = recipe(lambda modalities, model: MVAE(modalities, beta=model.beta))
+    some(group=Model(latent_dim=3, beta=3.0)).build(FIELDS)
+    with pytest.raises(Unheeded, match="asked for --combination product --cross-weight 1.0 --objective mmvae, and"):
+        some(group=asked).build(FIELDS)
+    built = recipe(lambda modalities, model: model.build(modalities))
+    assert type(built(group=asked).build(FIELDS)).__name__ == "MMVAE"  # which has no use for the cross weight
+    taste = recipe(lambda modalities, taste: MVAE(modalities, beta=taste.beta), Taste())
+    taste(group=Taste(beta=2.0)).build(FIELDS)
+    with pytest.raises(Unheeded, match="asked for --latent-dim 4, and"):
+        taste(group=Taste(latent_dim=4)).build(FIELDS)
+
+
+def test_an_objective_may_keep_its_settings_and_gets_them_as_they_are() -> None:
+    objective = recipe(Keeping)(group=Model(latent_dim=3, beta=3.0)).build(FIELDS)
+    assert type(objective.model) is Model and pickle.loads(pickle.dumps(objective.model)) == Model(latent_dim=3, beta=3.0)
+
+
+def test_what_it_does_not_heed_is_refused_before_anything_is_trained(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, complaint in (
+        ("train code/own.py:endless --steps 9 --run r", "recipe 'endless' trains with steps 300 in place of 9; pass its `training` on"),
+        ("compare code/own.py:endless --out out", "own-endless-seed0: recipe 'endless' trains with steps 300 in place of 2"),
+        (
+            "compare code/own.py:deaf --models meme mmvae --out out",
+            "mmvae-seed0: recipe 'deaf' was asked for --objective mmvae, and reads no",
+        ),
+        ("ablate code/own.py:deaf --part beta=2 --out out", "beta=2.0-seed0: recipe 'deaf' was asked for --beta 2.0, and reads no such"),
+        ("compare code/own.py:deaf --vary beta=none,2 --out out", "own-deaf-beta=2.0-seed0: recipe 'deaf' was asked for --beta 2.0"),
+        ("compare code/own.py:seedless --out out", "it has no keyword seed and no steps; give it `training: Training = Training()`"),
+    ):
+        assert main(words.split()) == 2, words
+        assert complaint in " ".join(capsys.readouterr().err.split())
+    assert not (own / "out").exists() and not (own / "runs").exists()
+
+
+def test_without_names_of_models_it_is_compared_under_its_own(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("compare code/own.py:deaf --seeds 0 --out out --dry-run".split()) == 0
+    assert capsys.readouterr().out.split()[:3] == ["not", "begun", "own-deaf-seed0"]
+
+
+def test_a_keyword_with_several_words_is_a_list_of_words_wherever_it_is_named(own: Path) -> None:
+    name = f"{own}/code/own.py:listed"
+    assert cells.varied_of(name, "kinds=a b,c") == ("kinds", [["a", "b"], ["c"]])
+    assert cells.model_of(name, "m=:kinds=a b") == ("m", {"kinds": ["a", "b"]})
+    (own / "plan.json").write_text(json.dumps({"recipe": name, "seeds": [0], "models": {"m": {"kinds": ["a b", "c"]}}}))
+    plan = cells.load(own / "plan.json")
+    assert plan.models == {"m": {"kinds": ["a b", "c"]}}
+    assert cells.unflatten(recipe_of(name), plan.cells()[0].keywords)["kinds"] == ["a b", "c"]
+    with pytest.raises(ValueError, match=r"steps: expected int, got \['1', '2'\]"):
+        cells.typed(name, "steps", ["1", "2"])

@@ -16,6 +16,7 @@ from meme_dist.data.shards import Dataset, Row, write_shards
 from meme_dist.distributions import DiagNormal
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Model, Name, Recipe
+from meme_dist.recipes.heeded import held
 from meme_dist.recipes.keywords import flatten, names, unflatten, with_defaults
 from meme_dist.recipes.networks import modality_for
 from meme_dist.train.training import Training
@@ -90,10 +91,10 @@ def needed(name: str, any_shards: Path) -> dict[str, Any]:
 
 
 def tiny(name: str, any_shards: Path) -> Recipe:
-    """The recipe with three samples and four pseudo-inputs: its networks as they are, its work a tenth."""
+    """The recipe with three samples and four pseudo-inputs: its networks as they are, its work a tenth. It is held to all three."""
     defaults = inspect.signature(RECIPES[name]).parameters["model"].default
     model = {**flatten({"model": defaults}), "samples": 3, "pseudo_inputs": 4}
-    return RECIPES[name](**needed(name, any_shards), model=Model(**model))
+    return held(RECIPES[name])(**needed(name, any_shards), model=Model(**model), training=Training(steps=3))
 
 
 def manifest_of(recipe: Recipe) -> Manifest:

@@ -91,9 +91,16 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.models or not self.seeds:
             raise ValueError(f"a comparison needs models and seeds, got {len(self.models)} and {len(self.seeds)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different ones, got {' '.join(map(str, self.seeds))}; a run twice tells nothing new")
         if self.reference not in {"", *self.models}:
             raise ValueError(f"reference: expected one of the models {list(self.models)}, got {self.reference!r}")
-        if (seed := self.common.get("seed")) not in (None, defaults(self.recipe)["seed"]):
+        if lacking := sorted({"seed", "steps"} - {*_hints(recipe_of(self.recipe))}):
+            raise ValueError(
+                f"recipe {self.recipe!r}: runs are told their seed and their steps, and it has no keyword {' and no '.join(lacking)}; "
+                "give it `training: Training = Training()`, and pass that on: Recipe(build, training, ...)"
+            )
+        if (seed := self.common.get("seed")) not in (None, defaults(self.recipe).get("seed")):
             each = " ".join(map(str, self.seeds))
             raise ValueError(f"seed {seed}: no run would have it, they have the seeds {each}; name all of them: --seeds, or seeds = [...]")
         for label, keywords in self.models.items():
@@ -150,7 +157,7 @@ def slug(text: str) -> str:
 
 def said(keywords: Mapping[str, Any], *names: str) -> str:
     """`paired_fraction=0.5, always=mnist`."""
-    return ", ".join(f"{name}={_text(keywords[name])}" for name in names or keywords)
+    return ", ".join(f"{name}={shown(keywords[name])}" for name in names or keywords)
 
 
 def _repeated(names: Sequence[str]) -> str:
@@ -205,7 +212,7 @@ def load(path: Path) -> Plan:
         raise ValueError(f"{path}: {'; '.join(wrong)}")
     recipe = whole(data["recipe"])
     models = {label: _checked(recipe, keywords) for label, keywords in data.get("models", {}).items()}
-    vary = {name: [typed(recipe, name, _text(value)) for value in values] for name, values in data.get("vary", {}).items()}
+    vary = {name: [typed(recipe, name, _words(value)) for value in values] for name, values in data.get("vary", {}).items()}
     common = {**defaults(recipe), **_checked(recipe, data.get("common", {}))}
     return Plan(
         **{**data, "recipe": recipe, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))}
@@ -233,10 +240,15 @@ def _keys(data: Any) -> str:
 
 
 def _checked(recipe: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: typed(recipe, name, _text(value)) for name, value in keywords.items()}
+    return {name: typed(recipe, name, _words(value)) for name, value in keywords.items()}
 
 
-def _text(value: Any) -> str:
+def _words(value: Any) -> str | list[str]:
+    return list(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def shown(value: Any) -> str:
+    """A keyword's value as words say it."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -253,32 +265,36 @@ def model_of(recipe: str, text: str) -> tuple[str, dict[str, Any]]:
 
 def part_of(recipe: str, text: str, base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A part of an ablation: `samples=1,5,30`, one model a value (the base's own is left out), or `NAME:stop_gradient=false,samples=5`."""
-    head, _, values = text.partition("=")
-    if ":" in head:
+    if ":" in text.partition("=")[0]:
         label, _, settings = text.partition(":")
         return {label: _settings(recipe, settings)}
-    found = [typed(recipe, head, value) for value in values.split(",")]
-    return {f"{head}={_text(value)}": {head: value} for value in found if value != base.get(head)}
+    name, found = varied_of(recipe, text)
+    return {f"{name}={shown(value)}": {name: value} for value in found if value != base.get(name)}
 
 
 def varied_of(recipe: str, text: str) -> tuple[str, list[Any]]:
-    """`paired_fraction=1,.5`: a keyword and its values."""
-    name, _, values = text.partition("=")
+    """`paired_fraction=1,.5`: a keyword, or its flag's spelling paired-fraction, and its values."""
+    flag, _, values = text.partition("=")
+    name = _keyword(flag)
     return name, [typed(recipe, name, value) for value in values.split(",")]
 
 
 def _settings(recipe: str, text: str) -> dict[str, Any]:
     pairs = [pair.partition("=")[::2] for pair in text.split(",") if pair]
-    return {name.strip(): typed(recipe, name.strip(), value) for name, value in pairs}
+    return {_keyword(flag): typed(recipe, _keyword(flag), value) for flag, value in pairs}
 
 
-def typed(recipe: str, name: str, text: str) -> Any:
+def _keyword(flag: str) -> str:
+    return flag.strip().replace("-", "_")
+
+
+def typed(recipe: str, name: str, text: str | list[str]) -> Any:
     """The keyword's value as JSON has it. Raises ValueError for a keyword that the recipe has not, and for a value of another type."""
     hints = {**_hints(recipe_of(recipe)), "pool": Pool}
     if name not in hints:
         raise ValueError(f"recipe {recipe!r} has no keyword {name!r}; it has {', '.join(hints)}")
     try:
-        return _parsed(hints[name], text.strip())
+        return _parsed(hints[name], text)
     except ValueError:
         choice = ", ".join(map(str, typing.get_args(hints[name]))) or getattr(hints[name], "__name__", str(hints[name]))
         raise ValueError(f"{name}: expected {choice}, got {text!r}") from None
@@ -312,22 +328,24 @@ def _hints(recipe: Callable[..., Any]) -> dict[str, Any]:
     return {name: hint for name, hint in found.items() if name != "return"}
 
 
-def _parsed(hint: Any, text: str) -> Any:
+def _parsed(hint: Any, text: str | list[str]) -> Any:
+    """A text, or a list of texts for a keyword with several values (whose text is split at blanks)."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return None if type(None) in inner and str(text).strip().lower() == "none" else _first(inner, text)
+    if isinstance(kind, type) and issubclass(kind, Sequence):
+        return [_parsed(inner[0], word) for word in (text.split() if isinstance(text, str) else text)]
+    if isinstance(text, list):
+        return _refuse()
+    text = text.strip()
     if kind is Literal:
         return {str(choice): choice for choice in inner}[text] if text in map(str, inner) else _refuse()
-    if kind in (typing.Union, types.UnionType):
-        if type(None) in inner and text.lower() == "none":
-            return None
-        return _first(inner, text)
-    if kind is tuple:
-        return [_parsed(inner[0], word) for word in text.split()]
     if hint is bool:
         return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
     return str(Path(text).resolve()) if hint is Path else hint(text)
 
 
-def _first(hints: Sequence[Any], text: str) -> Any:
+def _first(hints: Sequence[Any], text: str | list[str]) -> Any:
     for hint in (hint for hint in hints if hint is not type(None)):
         try:
             return _parsed(hint, text)

@@ -5,7 +5,7 @@ A comparison's folder:
     plan.json              what is compared: every keyword of every cell
     runs/MODEL-SETTING-seedS   run folders as `meme-dist train` makes them
     logs/                  what each run said
-    table.json, costs.json, measurements.md, figures/, report.md
+    table.json, costs.json, measurements.md, .csv and .tex, figures/, report.md
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from meme_dist.compare.tabulation import RUNS, measured
 from meme_dist.data.source import absolute
 from meme_dist.flags import PROGRAM, STYLE, recipe_flags, recipe_named, value_of
 from meme_dist.recipes.keywords import flatten
-from meme_dist.recipes.named import short
+from meme_dist.recipes.named import is_own, short
 from meme_dist.record import write_json
 from meme_dist.supervise import progress
 from meme_dist.train.signals import SAVED
@@ -107,9 +107,9 @@ def compare(recipe: str, arguments: Mapping[str, Any], asked: Comparison, *, con
     Raises ValueError, and starts nothing, for what the recipe refuses and for a run of other keywords in the folder.
     """
     common = _common(arguments)
-    texts = asked.models or ([common["objective"]] if "objective" in common else [])
-    models = _distinct("models", (cells.model_of(recipe, text) for text in texts), "NAME=MODEL gives one")
-    models = models or {short(recipe): {}}  # a recipe with an objective of its own
+    named = "objective" in common and not is_own(recipe)  # one of one's own may have an objective of its own
+    texts = asked.models or ([common["objective"]] if named else [])
+    models = _distinct("models", (cells.model_of(recipe, text) for text in texts), "NAME=MODEL gives one") or {short(recipe): {}}
     plan = _plan(recipe, common, asked, models=models, reference=asked.reference)
     return run_plan(plan, asked, console=console)
 
@@ -120,6 +120,7 @@ def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, consol
     if not asked.part and (base := common.get("objective", short(recipe))) != "meme":
         raise ValueError(f"ablate: these parts are MEME's, and the base is {base!r}; name parts of it with --part")
     parts = [pair for text in asked.part or parts_of_meme(common) for pair in cells.part_of(recipe, text, common).items()]
+    parts = parts if asked.part else _changing(parts, common)
     models = _distinct("parts", [(BASE, {}), *parts], "NAME:KEYWORD=VALUE gives one")
     plan = _plan(recipe, common, asked, models=models, reference=BASE, kind="ablation")
     return run_plan(plan, asked, console=console, gradient_draws=asked.gradient_draws)
@@ -178,8 +179,12 @@ def _check_words(words: Sequence[str]) -> None:
     if value_of("--seed", words) is not None:
         raise ValueError("--seed: no run would have it, since every model is trained with several seeds; name them: --seeds 0 1 2")
     for flag in LISTS:
-        if sum(word.partition("=")[0] == flag for word in words) > 1:
+        places = [place for place, word in enumerate(words) if word.partition("=")[0] == flag]
+        if len(places) > 1:
             raise ValueError(f"{flag}: expected once, with all its values behind it ({flag} A B), got several; only the last would count")
+        first = [words[place].partition("=")[2] or "".join(words[place + 1 : place + 2]) for place in places]
+        if any(not word or word.startswith("--") for word in first):
+            raise ValueError(f"{flag}: expected values behind it ({flag} A B), got none; leave it out for what is done by default")
 
 
 def _distinct(what: str, pairs: Iterable[tuple[str, T]], advice: str) -> dict[str, T]:
@@ -189,6 +194,15 @@ def _distinct(what: str, pairs: Iterable[tuple[str, T]], advice: str) -> dict[st
         if name in found:
             raise ValueError(f"{what}: expected different names, got {name!r} twice; {advice}")
         found[name] = value
+    return found
+
+
+def _changing(parts: Iterable[tuple[str, dict[str, Any]]], base: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Without the parts that the base has already, and those that are an earlier part on this base."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for label, keywords in parts:
+        if {**base, **keywords} not in [base, *({**base, **other} for _, other in found)]:
+            found.append((label, keywords))
     return found
 
 
@@ -208,7 +222,8 @@ def _measure_gradient(plan: Plan, folder: Path, draws: int, *, console: Console)
     """Of the first run of the base that is trained, once."""
     for cell in plan.cells():
         run, steps = folder / RUNS / cell.name, cell.keywords["steps"]
-        if cell.model == plan.against and cell.keywords.get("objective") == "meme" and progress(run) >= steps:
+        meme = cell.keywords.get("objective") == "meme" and not is_own(plan.recipe)  # one of one's own may train anything
+        if cell.model == plan.against and meme and progress(run) >= steps:
             if signal_to_noise.held(folder) != (cell.name, steps, draws):
                 console.print(f"{run}: signal-to-noise ratio of its gradient, {draws} draws", soft_wrap=True)
                 signal_to_noise.write(folder, run, draws=draws)

@@ -1,6 +1,6 @@
-"""The report of a comparison: table.json, costs.json, measurements.md, figures and report.md, all from plan.json and the run folders.
+"""The report of a comparison: table.json, costs.json, measurements, figures and report.md, all from plan.json and the run folders.
 
-Written again from the same folders, table.json, costs.json and both texts are the same byte by byte.
+Written again from the same folders, all but the figures are the same byte by byte.
 """
 
 import json
@@ -11,14 +11,15 @@ from typing import Any
 
 from meme_dist import signal_to_noise
 from meme_dist.assess import GRID
-from meme_dist.compare import cells, figures, tabulation
+from meme_dist.compare import cells, figures, measurements, tabulation
 from meme_dist.compare.cells import Plan
+from meme_dist.compare.measurements import CSV, LATEX, MARKDOWN, markdown
 from meme_dist.compare.tabulation import Run
 from meme_dist.record import write_json
 from meme_dist.report import FIGURES, REPORT
 from meme_dist.tables import estimate, table
 
-TABLE, COSTS, ALL = "table.json", "costs.json", "measurements.md"
+TABLE, COSTS = "table.json", "costs.json"
 UNITS = {
     "rows_per_second": ("rows / s", 1.0, 0),
     "seconds": ("seconds", 1.0, 1),
@@ -38,31 +39,29 @@ def write_report(folder: Path) -> Path:
     found, spent = tabulation.tabulated(plan, runs), tabulation.costs(plan, runs)
     write_json(folder / TABLE, found)
     write_json(folder / COSTS, spent)
-    _write(folder / ALL, [f"# {plan.recipe}: every measurement", *_settings(found, list(_names(found)))])
+    _write(folder / MARKDOWN, f"# {plan.recipe}: every measurement", *markdown(found, list(measurements.names(found))))
+    _write(folder / CSV, measurements.comma_separated(found))
+    _write(folder / LATEX, measurements.latex(found))
     tests = [test for test in found["tests"] if test["measurement"] in found["main"]]
     parts = [
         f"# {plan.recipe}: {plan.kind}",
         _summary(plan, runs),
         _unmeasured(runs, folder),
-        *([] if plan.kind == "ablation" else _settings(found, found["main"])),
+        *([] if plan.kind == "ablation" else markdown(found, found["main"])),
         _differences(plan, tests),
-        *([] if plan.kind == "comparison" else _settings(found, found["main"])),
+        *([] if plan.kind == "comparison" else markdown(found, found["main"])),
         *_figures(plan, runs, found, tests, folder),
         _signal_to_noise(folder),
         _costs(spent, tabulation.machines(runs)),
         _what_ran(plan),
     ]
-    return _write(folder / REPORT, parts)
+    return _write(folder / REPORT, *parts)
 
 
-def _write(path: Path, parts: Sequence[str]) -> Path:
+def _write(path: Path, *parts: str) -> Path:
     part = path.with_name(f"{path.name}.tmp")
-    part.write_text("\n\n".join(text for text in parts if text) + "\n", encoding="utf-8")
+    part.write_text("\n\n".join(text for text in parts if text).rstrip("\n") + "\n", encoding="utf-8")
     return part.replace(path)
-
-
-def _names(found: Mapping[str, Any]) -> dict[str, None]:
-    return dict.fromkeys(name for entry in found["settings"] for name in entry["measurements"])
 
 
 def _summary(plan: Plan, runs: Sequence[Run]) -> str:
@@ -73,7 +72,7 @@ def _summary(plan: Plan, runs: Sequence[Run]) -> str:
         f"Recipe `{plan.recipe}`; {sizes}. The reference is `{plan.against}`.{measured}\n\n"
         "Values are means over seeds with Student's 95 % interval (none for one seed). **Bold** is the model whose difference from each of "
         "the others, paired by seed, has an interval on the good side of 0; where none has, none is bold. "
-        f"Measurements: `{TABLE}`; all of them to read: [{ALL}]({ALL}).{_judged(plan, runs)}"
+        f"Measurements: `{TABLE}`; all of them to read: [{MARKDOWN}]({MARKDOWN}); for a paper: `{CSV}`, `{LATEX}`.{_judged(plan, runs)}"
     )
 
 
@@ -101,23 +100,6 @@ def _unmeasured(runs: Sequence[Run], folder: Path) -> str:
 # ---- tables -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _settings(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-    for entry in found["settings"]:
-        measured = {name: entry["measurements"][name] for name in names if name in entry["measurements"]}
-        if measured:
-            lines = [[f"`{name}`", *_line(name, one, found["models"])] for name, one in measured.items()]
-            yield f"## {cells.said(entry['setting']) or 'Measurements'}\n\n" + table(["measurement", *found["models"]], lines)
-
-
-def _line(name: str, measured: Mapping[str, Any], models: Sequence[str]) -> list[str]:
-    shown = {model: estimate(measured["models"][model], digits=_digits(name)) for model in models}
-    return [f"**{text}**" if model == measured["best"] else text for model, text in shown.items()]
-
-
-def _digits(name: str) -> int:
-    return 1 if name.startswith(("log_likelihood", "frechet")) else 3
-
-
 def _differences(plan: Plan, tests: Sequence[Mapping[str, Any]]) -> str:
     if not tests:
         return ""
@@ -132,7 +114,7 @@ def _differences(plan: Plan, tests: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _difference(test: Mapping[str, Any]) -> str:
-    text = estimate(test, digits=_digits(test["measurement"]))
+    text = estimate(test, digits=measurements.digits(test["measurement"]))
     return text if text.startswith("-") else f"+{text}"
 
 

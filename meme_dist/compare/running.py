@@ -27,7 +27,7 @@ from typing import IO, Literal, NamedTuple
 from rich.console import Console
 
 from meme_dist import record, supervise
-from meme_dist.compare import cells
+from meme_dist.compare import cells, rivals
 from meme_dist.compare.cells import Cell, Plan
 from meme_dist.compare.tabulation import LOGS, RUNS, measured
 from meme_dist.data.index import Manifest
@@ -103,11 +103,13 @@ class Runner:
         self._active: list[Attempted] = []
 
     def check(self) -> None:
-        """Refuse what could not go on in this folder: another judge, a run of other keywords or of more steps, files that are no run."""
+        """Refuse what could not go on in this folder (another judge, a run of other keywords or of more steps, files that are no run)
+        and what would be no comparison: a model twice."""
         cells.check_split(self.plan)
         self._check_judge()
         for cell in self.cells:
             self._check(cell)
+        rivals.check(self.plan)
 
     def how_far(self, cell: Cell) -> str:
         """A cell's state in words."""

@@ -90,4 +90,5 @@ def _typed(hint: Any, value: Any) -> Any:
     kinds = {hint, *typing.get_args(hint)}
     if isinstance(value, str) and Path in kinds:
         return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    is_list = any(typing.get_origin(kind) is list for kind in kinds)
+    return tuple(value) if isinstance(value, list) and not is_list else value

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any
 
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
+from meme_dist.recipes.heeded import held
 
 SUFFIX = ".py"
 
@@ -35,7 +36,12 @@ def short(name: str) -> str:
 
 
 def recipe_of(name: str) -> Callable[..., Recipe]:
-    """The recipe of that name. Raises ValueError where there is none: not in the table, no such file, or no such function in it."""
+    """The recipe of that name; one of one's own is held to what it is asked (`heeded.held`). Raises ValueError as `function_of`."""
+    return held(function_of(name)) if is_own(name) else function_of(name)
+
+
+def function_of(name: str) -> Callable[..., Recipe]:
+    """The function of that name. Raises ValueError where there is none: not in the table, no such file, or no such function in it."""
     if name in RECIPES:
         return RECIPES[name]
     if not is_own(name):
@@ -46,7 +52,20 @@ def recipe_of(name: str) -> Callable[..., Recipe]:
         raise ValueError(
             f"{path}: expected a function {function!r} that returns a Recipe, got {'none' if recipe is None else repr(recipe)}"
         )
-    return cast(Callable[..., Recipe], recipe)
+    return _made(recipe, name)
+
+
+def _made(function: Callable[..., Any], name: str) -> Callable[..., Recipe]:
+    """The same function, whose result is looked at."""
+
+    @functools.wraps(function)
+    def made(**keywords: Any) -> Recipe:
+        recipe = function(**keywords)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"{name}: expected the function to return a Recipe (meme_dist.recipes.base), got {recipe!r}")
+        return recipe
+
+    return made
 
 
 @functools.cache
