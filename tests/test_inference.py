@@ -1,6 +1,7 @@
 """Ranks change nothing in what is made of a trained model either, and where one fails all end and one says why."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -19,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from meme_dist import figures
+from meme_dist.assess import assess_stored, check_judges
 from meme_dist.cli import main
 from meme_dist.data.index import Manifest
 from meme_dist.data.sets.linear_gaussian import linear_gaussian
@@ -29,7 +32,7 @@ from meme_dist.data.shards import Dataset, write_shards
 from meme_dist.data.stream import Evaluation
 from meme_dist.draws import save_draws
 from meme_dist.evaluate import Measures
-from meme_dist.impute import _Rows, impute
+from meme_dist.impute import _Rows, _source, impute, impute_h5mu
 from meme_dist.metrics.generation import CHUNK, imputations, joint_generations
 from meme_dist.ranks import Processes, joined
 from meme_dist.stored import load
@@ -142,8 +145,9 @@ def fill_in(rank: int, world: int, shards: Path, out: Path) -> dict[str, tuple[i
 @pytest.mark.parametrize("world", [2, 4])  # of three shards and one: 2 + 1, and more ranks than shards
 def test_ranks_write_the_shards_that_one_writer_writes_row_after_row(linear: Path, tmp_path: Path, world: int) -> None:
     manifest = Manifest.load(linear)
-    source = {"imputed": manifest.address, "rows": manifest.fingerprint, "seed": 3}
-    alone = Dataset(f"{manifest.name}_imputed", manifest.fields, _Rows(build(SHARDED), manifest, 3), manifest.classes, source)
+    objective = build(SHARDED)
+    source = {**_source(objective, manifest), "draws": 1, "seed": 3}
+    alone = Dataset(f"{manifest.name}_imputed", manifest.fields, _Rows(objective, manifest, 3), manifest.classes, source)
     write_shards(alone, tmp_path / "alone", rows_per_shard=40)
     found = run_ranks(fill_in, world, linear, tmp_path / "together")
     assert digests(tmp_path / "together") == digests(tmp_path / "alone") and len(digests(tmp_path / "alone")) == 7
@@ -155,6 +159,24 @@ def test_ranks_write_the_shards_that_one_writer_writes_row_after_row(linear: Pat
     for name, made in imputations(build(SHARDED), rows).items():
         there = rows.observed[:, SHARDED.index(name), None]
         torch.testing.assert_close(whole.dense(name), torch.where(there, rows.dense(name), made[0]), rtol=1e-5, atol=1e-6)
+
+
+def fill_in_file(rank: int, world: int, shards: Path, out: Path) -> dict[str, Any]:
+    how = {"draws": 9, "interval": 0.8, "seed": 3}
+    with joined(rank, rank, world) as processes:
+        return impute_h5mu(build(SHARDED), Manifest.load(shards).fields, shards, out, **how, processes=processes)
+
+
+def test_ranks_write_the_file_of_cells_that_one_writes(linear: Path, tmp_path: Path) -> None:
+    """Blocks of 40, 40, 10 and 22 rows: two turns of three ranks, two of them without a block in the second."""
+    h5py = pytest.importorskip("h5py")
+    one, many = tmp_path / "one.h5mu", tmp_path / "many.h5mu"
+    found = impute_h5mu(build(SHARDED), Manifest.load(linear).fields, linear, one, draws=9, interval=0.8, seed=3)
+    assert run_ranks(fill_in_file, 3, linear, many) == [found] * 3 and sorted(tmp_path.iterdir()) == [many, one]
+    with h5py.File(one) as expected, h5py.File(many) as made:
+        for name in SHARDED:
+            for place in ("X", "layers/lower", "layers/upper", "obs/observed"):
+                np.testing.assert_array_equal(made[f"mod/{name}/{place}"][:], expected[f"mod/{name}/{place}"][:])
 
 
 def fill_in_twice(rank: int, world: int, shards: Path, out: Path) -> tuple[bool, list[int]]:
@@ -245,6 +267,27 @@ def test_what_is_wrong_on_all_ranks_is_told_once(home: Path, words: list[str], p
     said = run_ranks(commands, 2, home, [words])
     assert [status for ((status, _),) in said] == [2, 2]
     assert said[0][0][1].startswith("error: rank 0 of 2: ") and part in said[0][0][1] and said[1][0][1] == ""
+
+
+def test_a_judge_of_other_fields_or_classes_is_refused_before_anything_is_trained(home: Path, tmp_path: Path) -> None:
+    stored = load(home / "runs/first")
+    others = {
+        "other classes": (FIELDS, rows, ("dark", "bright", "grey"), "the classes of the run, .*'dark', 'bright'.*, got .*'grey'"),
+        "no classes": (FIELDS, lambda split: (row._replace(label=None) for row in rows(split)), (), "the classes of the run.*got \\[\\]"),
+    }
+    for name, (fields, made, classes, said) in others.items():
+        write_shards(Dataset("scans", fields, made, classes), tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: expected a judge with {said}.*; judge by a run on rows of"):
+            assess_stored(stored, tmp_path / "cache", seed=None, judges=Manifest.load(tmp_path / name), console=Console(quiet=True))
+    scan = dataclasses.replace(FIELDS["scan"], likelihood="normal")
+    for fields, said in (
+        ({**FIELDS, "scan": scan}, "likelihood of scan of the run, 'laplace', got 'normal'"),
+        ({"scan": scan}, "modalities"),
+    ):
+        with pytest.raises(ValueError, match=f"expected a judge with the {said}"):
+            check_judges(dataclasses.replace(stored.manifest, fields=fields), stored.manifest)
+    check_judges(stored.manifest, stored.manifest)
+    assert not (tmp_path / "cache").exists()
 
 
 def fail(rank: int, world: int, who: Sequence[int]) -> tuple[str, float]:

@@ -2,7 +2,7 @@
 
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +12,7 @@ from webdataset.tariterators import tar_file_iterator
 from meme_dist.data.fields import Field, member_name
 from meme_dist.data.files import Shard, file_sha256
 from meme_dist.data.index import MANIFEST, TAR_BLOCK, Index, Manifest, padded
+from meme_dist.data.names import FEATURES, feature_names, row_names
 
 MOST_PROBLEMS = 20  # of one shard; a cut tar would list every row after the cut
 ROWS_AT_ONCE = 64  # members decoded together
@@ -72,10 +73,21 @@ def _check(manifest: Manifest, prefix: str) -> Report:
         except ValueError as error:
             problems.append(Problem(entry.index_file, None, None, str(error)))
             continue
+        problems += _unreadable(entry.names_file, lambda split=split: row_names(manifest, split))
         rows, shards = rows + entry.rows, shards + len(entry.shards)
         for number in range(len(entry.shards)):
             problems += scan_shard(manifest, split, index, number)
+    problems += _unreadable(FEATURES, lambda: feature_names(manifest))
     return Report(rows, shards, tuple(problem._replace(shard=prefix + problem.shard) for problem in problems))
+
+
+def _unreadable(file: str, read: Callable[[], Any]) -> list[Problem]:
+    """What is wrong with a file that is read whole."""
+    try:
+        read()
+    except ValueError as error:
+        return [Problem(file, None, None, str(error))]
+    return []
 
 
 def scan_shard(manifest: Manifest, split: str, index: Index, number: int) -> list[Problem]:

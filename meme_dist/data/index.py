@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,8 @@ class Split:
     index_file: str
     index_sha256: str
     shards: tuple[Shard, ...]
+    names_file: str = ""  # see `meme_dist.data.names`; none where rows have no names
+    names_sha256: str = ""
 
 
 def record_type(modalities: int) -> np.dtype:
@@ -159,6 +161,7 @@ class Manifest:
     splits: Mapping[str, Split]
     parts: tuple["Manifest", ...] = ()
     cache: Cache | None = None  # where copies of remote files go; None: `Cache.of()`
+    features_sha256: str = ""  # see `meme_dist.data.names`; none where features have no names
 
     @classmethod
     def load(cls, folder: Path | str, *, cache: Path | str | None = None) -> "Manifest":
@@ -265,18 +268,20 @@ class Manifest:
 
     def _index_file(self, split: str) -> Path:
         entry = self.splits[split]
-        name = f"{str(self.folder).rstrip('/')}/{entry.index_file}"
+        return self.sealed(entry.index_file, entry.index_sha256, "the index")
+
+    def sealed(self, file: str, sha256: str, what: str) -> Path:
+        """A file beside the manifest, on this machine. Raises ValueError where it is missing or is not the one with this checksum."""
+        name = f"{str(self.folder).rstrip('/')}/{file}"
         try:
-            path = self._source.file(entry.index_file, entry.index_sha256)
+            path = self._source.file(file, sha256)
             found = file_sha256(path)
         except FileNotFoundError:
-            raise ValueError(f"{name}: the index of split {split!r} is missing; {REPAIR}") from None
+            raise ValueError(f"{name}: {what} is missing; {REPAIR}") from None
         except ValueError as error:
-            raise ValueError(f"{name}: expected the index with sha256 {entry.index_sha256}; {error}; {REPAIR}") from error
-        if found != entry.index_sha256:
-            raise ValueError(
-                f"{name}: expected the index with sha256 {entry.index_sha256}, got {found}: it is another or altered; {REPAIR}"
-            )
+            raise ValueError(f"{name}: expected {what} with sha256 {sha256}; {error}; {REPAIR}") from error
+        if found != sha256:
+            raise ValueError(f"{name}: expected {what} with sha256 {sha256}, got {found}: it is another or altered; {REPAIR}")
         return path
 
     @cached_property
@@ -307,7 +312,18 @@ class Manifest:
             "source": dict(self.source),
             "rows_per_shard": self.rows_per_shard,
             "splits": {name: _split_to_json(split) for name, split in self.splits.items()},
+            **({"features_sha256": self.features_sha256} if self.features_sha256 else {}),
         }
+
+    def described(self) -> list[dict[str, Any]]:
+        """The content of each folder's manifest, as JSON holds it; `of` makes the same set of it."""
+        return [{"folder": str(part.folder), **part.to_json()} for part in self.parts or (self,)]
+
+    @classmethod
+    def of(cls, folder: str, content: Sequence[Mapping[str, Any]]) -> "Manifest":
+        """The set that `described` told of, without a look at its folder: with the same fields and fingerprint, wherever its rows are."""
+        parts = [cls._from_json(entry["folder"], entry, Cache.of()) for entry in content]
+        return replace(parts[0], folder=folder) if len(parts) == 1 else _union(folder, parts)
 
     @classmethod
     def _from_json(cls, folder: Path | str, content: Mapping[str, Any], cache: Cache) -> "Manifest":
@@ -315,10 +331,10 @@ class Manifest:
         fields = {name: Field.from_json(entry) for name, entry in content["fields"].items()}
         splits = {name: _split_from_json(entry) for name, entry in content["splits"].items()}
         for split in splits.values():
-            for file in [split.index_file, *(shard.file for shard in split.shards)]:
+            for file in [split.index_file, *(shard.file for shard in split.shards), *filter(None, [split.names_file])]:
                 check_file_name(file)
-        classes, rows_per_shard = tuple(content["classes"]), content["rows_per_shard"]
-        return cls(folder, content["name"], fields, classes, content["source"], rows_per_shard, splits, (), cache)
+        classes, rows_per_shard, features = tuple(content["classes"]), content["rows_per_shard"], content.get("features_sha256", "")
+        return cls(folder, content["name"], fields, classes, content["source"], rows_per_shard, splits, (), cache, features)
 
     def _split(self, split: str) -> Split:
         if split not in self.splits:
@@ -348,11 +364,14 @@ def _union(folder: Path | str, parts: Sequence[Manifest]) -> Manifest:
                 raise ValueError(
                     f"{part.folder}: expected the {what} of {first.folder}, got others; only sets that agree in them can be one"
                 )
+    if len(features := {part.features_sha256 for part in parts} - {""}) > 1:
+        raise ValueError(f"{folder}: expected the same names of features in all folders, in one order; join them before `convert`")
     names = dict.fromkeys(name for part in parts for name in part.splits)
     splits = {name: _joined(name, [part for part in parts if name in part.splits]) for name in names}
     source = {"sets": [dict(part.source) for part in parts]}
     rows_per_shard = max(part.rows_per_shard for part in parts)
-    return Manifest(folder, first.name, first.fields, first.classes, source, rows_per_shard, splits, tuple(parts), first.cache)
+    whole = (folder, first.name, first.fields, first.classes, source, rows_per_shard, splits, tuple(parts), first.cache)
+    return Manifest(*whole, features_sha256=next(iter(features), ""))
 
 
 def _joined(name: str, parts: Sequence[Manifest]) -> Split:
@@ -369,7 +388,8 @@ def _inside(part: Manifest, shard: Shard) -> str:
 
 
 def _split_to_json(split: Split) -> dict[str, Any]:
-    return {**vars(split), "present": dict(split.present), "shards": [shard._asdict() for shard in split.shards]}
+    entry = {**vars(split), "present": dict(split.present), "shards": [shard._asdict() for shard in split.shards]}
+    return {name: value for name, value in entry.items() if split.names_file or not name.startswith("names_")}
 
 
 def _split_from_json(entry: Mapping[str, Any]) -> Split:

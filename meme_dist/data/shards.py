@@ -6,6 +6,7 @@ import json
 import mmap
 import operator
 import os
+import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from webdataset.writer import TarWriter
 
+from meme_dist.data import names
 from meme_dist.data.check import Problem, Report, check_shards
 from meme_dist.data.fields import Field, check_modality_names
 from meme_dist.data.files import Shard, file_sha256
@@ -33,6 +35,7 @@ class Row(NamedTuple):
 
     data: Mapping[str, Tensor | str]
     label: int | None = None
+    name: str | None = None  # what it is called where it comes from: a cell's barcode
 
 
 Part = Callable[[str, range], Iterator[Row]]
@@ -53,9 +56,11 @@ class Dataset:
     classes: tuple[str, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     splits: tuple[str, ...] = ("train", "test")
+    features: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of each modality, what its elements are called: genes
 
     def __post_init__(self) -> None:
         check_modality_names(list(self.fields))
+        names.check_features(self.features, self.fields)
 
 
 def write_shards(dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 1024, splits: Sequence[str] | None = None) -> Manifest:
@@ -103,6 +108,14 @@ def write_shards_together(
     return manifest
 
 
+class _Written(NamedTuple):
+    """A shard, its rows' records and their names."""
+
+    shard: Shard
+    records: np.ndarray
+    names: list[str]
+
+
 def _write_parts(dataset: Dataset, folder: Path, part: Part, rows: Mapping[str, int], rows_per_shard: int, processes: Processes) -> None:
     """This rank's shards, each with a file beside it that holds what rank 0 needs to know of it."""
     for split, number_of_rows in rows.items():
@@ -111,8 +124,8 @@ def _write_parts(dataset: Dataset, folder: Path, part: Part, rows: Mapping[str, 
             with processes.agreed():
                 for number in shares[processes.rank][turn : turn + 1]:
                     mine = range(number * rows_per_shard, min(number_of_rows, (number + 1) * rows_per_shard))
-                    shard, records = _write_numbered(dataset, split, folder, number, zip(mine, part(split, mine), strict=True))
-                    np.savez(_aside(folder, split, number), records=records, shard=np.array(json.dumps(shard)))
+                    shard, records, called = _write_numbered(dataset, split, folder, number, zip(mine, part(split, mine), strict=True))
+                    np.savez(_aside(folder, split, number), records=records, told=np.array(json.dumps([shard, called])))
 
 
 def _finish(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows: Mapping[str, int], rows_per_shard: int) -> None:
@@ -128,11 +141,11 @@ def _aside(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:06d}.written.npz"
 
 
-def _taken(path: Path) -> tuple[Shard, np.ndarray]:
+def _taken(path: Path) -> _Written:
     with np.load(path, allow_pickle=False) as aside:
-        shard, records = Shard(*json.loads(str(aside["shard"]))), aside["records"]
+        (shard, called), records = json.loads(str(aside["told"])), aside["records"]
     path.unlink()
-    return shard, records
+    return _Written(Shard(*shard), records, called)
 
 
 def _already(folder: Path, wanted: Mapping[str, Any]) -> Manifest | None:
@@ -165,7 +178,9 @@ def _write(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows_per_s
 
 
 def _write_manifest(dataset: Dataset, folder: Path, source: Mapping[str, Any], rows_per_shard: int, written: Mapping[str, Split]) -> None:
-    Manifest(folder, dataset.name, dict(dataset.fields), tuple(dataset.classes), source, rows_per_shard, written).save()
+    sealed = names.write_features(folder, dataset.features) if dataset.features else ""
+    whole = (folder, dataset.name, dict(dataset.fields), tuple(dataset.classes), source, rows_per_shard, written)
+    Manifest(*whole, features_sha256=sealed).save()
     _sync(folder / MANIFEST)
 
 
@@ -233,7 +248,7 @@ def _write_split(dataset: Dataset, split: str, folder: Path, rows_per_shard: int
     return _split(dataset, split, folder, _numbered(dataset, split, folder, rows_per_shard))
 
 
-def _numbered(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -> Iterator[tuple[Shard, np.ndarray]]:
+def _numbered(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -> Iterator[_Written]:
     rows = enumerate(dataset.rows(split))
     for number in itertools.count():
         if (first := next(rows, None)) is None:
@@ -241,19 +256,27 @@ def _numbered(dataset: Dataset, split: str, folder: Path, rows_per_shard: int) -
         yield _write_numbered(dataset, split, folder, number, itertools.chain([first], itertools.islice(rows, rows_per_shard - 1)))
 
 
-def _write_numbered(dataset: Dataset, split: str, folder: Path, number: int, rows: Iterator[tuple[int, Row]]) -> tuple[Shard, np.ndarray]:
-    """Shard `number` of a split, with its rows' records."""
-    path = folder / f"{split}-{number:06d}.tar"
-    records = _write_shard(dataset, split, path, rows)
-    return Shard(path.name, len(records), path.stat().st_size, file_sha256(path)), records
+def _write_numbered(dataset: Dataset, split: str, folder: Path, number: int, rows: Iterator[tuple[int, Row]]) -> _Written:
+    """Shard `number` of a split, with its rows' records and names."""
+    path, called = folder / f"{split}-{number:06d}.tar", []
+    records = _write_shard(dataset, split, path, _listed(rows, called))
+    return _Written(Shard(path.name, len(records), path.stat().st_size, file_sha256(path)), records, called)
 
 
-def _split(dataset: Dataset, split: str, folder: Path, written: Iterable[tuple[Shard, np.ndarray]]) -> Split:
-    """The index of shards that come in order, and the manifest's entry."""
+def _listed(rows: Iterator[tuple[int, Row]], called: list[str]) -> Iterator[tuple[int, Row]]:
+    """The same rows, their names noted once they are written: what is no row is found out there."""
+    for number, row in rows:
+        yield number, row
+        called.append(row.name or "")
+
+
+def _split(dataset: Dataset, split: str, folder: Path, written: Iterable[_Written]) -> Split:
+    """The index and the names of shards that come in order, and the manifest's entry."""
     index_file = f"{split}.index.npy"
     shards, single, present = [], False, np.zeros(len(dataset.fields), dtype=np.int64)
-    with IndexWriter(folder / index_file, len(dataset.fields)) as index:
-        for shard, records in written:
+    with IndexWriter(folder / index_file, len(dataset.fields)) as index, names.NamesWriter(folder, split) as called:
+        for shard, records, some in written:
+            called.append(some)
             shards.append(shard)
             observed = records["size"] >= 0
             single, present = single or bool((observed.sum(1) == 1).any()), present + observed.sum(0)
@@ -262,7 +285,8 @@ def _split(dataset: Dataset, split: str, folder: Path, written: Iterable[tuple[S
         raise ValueError(f"{dataset.name}: split {split!r} has no rows; leave it out of `splits`")
     _sync(folder / index_file)
     counts = dict(zip(dataset.fields, present.tolist(), strict=True))
-    return Split(sum(shard.rows for shard in shards), single, counts, index_file, file_sha256(folder / index_file), tuple(shards))
+    sealed = (index_file, file_sha256(folder / index_file))
+    return Split(sum(shard.rows for shard in shards), single, counts, *sealed, tuple(shards), *called.sealed())
 
 
 def _write_shard(dataset: Dataset, split: str, path: Path, rows: Iterator[tuple[int, Row]]) -> np.ndarray:
@@ -282,10 +306,14 @@ def _write_shard(dataset: Dataset, split: str, path: Path, rows: Iterator[tuple[
 
 
 def _encode_row(dataset: Dataset, place: str, row: Row) -> dict[str, bytes]:
+    if not isinstance(row, Row):
+        raise ValueError(f"{place}: expected a Row({{modality: datum}}, label) of meme_dist.data.shards, got {reprlib.repr(row)}")
     if unknown := set(row.data) - set(dataset.fields):
         raise ValueError(f"{place}: unknown modalities {sorted(unknown)}; the fields are {list(dataset.fields)}")
     if not row.data:
         raise ValueError(f"{place}: expected one modality or more, got nothing; leave the row out")
+    if "\n" in (row.name or ""):
+        raise ValueError(f"{place}: expected a name of one line, got {row.name!r}; rename the row")
     if row.label is not None and not _is_index(row.label, len(dataset.classes)):
         raise ValueError(f"{place}: expected a label from 0 to {len(dataset.classes) - 1} (one of `classes`) or None, got {row.label!r}")
     members = {}

@@ -21,7 +21,9 @@ from meme_dist.data.adapters import _h5, mudata
 from meme_dist.data.adapters._common import held_out, modality_names
 from meme_dist.data.adapters.mudata import from_h5
 from meme_dist.data.adapters.multivae import from_incomplete_dataset
+from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
+from meme_dist.data.names import feature_names, row_names
 from meme_dist.data.shards import Dataset, Row, check_shards, write_shards
 from meme_dist.data.stream import Evaluation
 from meme_dist.recipes import RECIPES
@@ -344,6 +346,50 @@ def test_a_cell_whose_counts_are_all_zero_is_there(tmp_path: Path, layout: str) 
     assert sum("rna" in row.data and "protein" in row.data for row in rows) == 50
 
 
+def test_cells_and_features_keep_their_names_in_shards_and_an_altered_file_of_names_is_told(tmp_path: Path, layout: str) -> None:
+    dataset = from_h5(write_h5mu(tmp_path / "m.h5mu", layout))
+    manifest = write_shards(dataset, tmp_path / "shards", rows_per_shard=64)
+    assert feature_names(manifest) == {"rna": [f"v{n}" for n in range(6)], "protein": [f"v{n}" for n in range(3)]}
+    rna, protein = counts(), levels().astype(np.float32)
+    for split in ("train", "test"):
+        names = row_names(manifest, split)
+        batch = next(iter(Evaluation(tmp_path / "shards", split, batch_size=len(names))))
+        assert batch.observed.tolist() == [[cell in RNA, cell in PROTEIN] for cell in names]
+        for name, own, x in (("rna", RNA, rna), ("protein", PROTEIN, protein)):
+            rows = [row for row, cell in enumerate(names) if cell in own]
+            np.testing.assert_array_equal(batch.dense(name)[rows], x[[own.index(names[row]) for row in rows]])
+    path = tmp_path / "shards" / "train.names.txt"
+    path.write_text(path.read_text().replace("c1\n", "c9\n"))
+    problem = next(iter(check_shards(tmp_path / "shards").problems))
+    assert problem.shard == path.name and "expected the names of rows with sha256" in problem.message
+
+
+def test_shards_of_rows_without_names_are_what_they_were_before_there_were_names(tmp_path: Path) -> None:
+    manifest = write_shards(from_incomplete_dataset(incomplete()), tmp_path / "shards")
+    assert not [path for path in (tmp_path / "shards").iterdir() if path.suffix not in (".tar", ".npy") and path.name != "manifest.json"]
+    entry = manifest.to_json()
+    assert set(entry) == {"format", "name", "fields", "classes", "source", "rows_per_shard", "splits"}
+    assert set(entry["splits"]["test"]) == {"rows", "single", "present", "index_file", "index_sha256", "shards"}
+    assert feature_names(manifest) == {} and row_names(manifest, "test") == [""] * 6
+
+
+def test_folders_are_one_set_where_their_features_have_the_same_names_in_one_order(tmp_path: Path) -> None:
+    data = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    described = {name: Field("vector", tuple(x.shape), "npy", "normal") for name, x in data.items()}
+    for folder, called in (("x", ["g", "h"]), ("y", ["g", "h"]), ("z", ["h", "g"]), ("none", None)):
+        rows = [Row(data, None, f"{folder}{n}" if called else None) for n in range(2)]
+        features = {} if called is None else {"a": called}
+        write_shards(Dataset("set", described, lambda split, rows=rows: iter(rows), features=features), tmp_path / folder)
+    whole = Manifest.load(f"{tmp_path}/{{none,x,y}}")
+    assert row_names(whole, "train") == ["", "", "x0", "x1", "y0", "y1"] and feature_names(whole) == {"a": ["g", "h"]}
+    with pytest.raises(ValueError, match="the same names of features in all folders"):
+        Manifest.load(f"{tmp_path}/{{x,z}}")
+    with pytest.raises(ValueError, match="features of a: expected 2 names, one for each element of the field, got 1"):
+        Dataset("set", described, lambda split: iter(()), features={"a": ["g"]})
+    with pytest.raises(ValueError, match="row 0: expected a name of one line"):
+        write_shards(Dataset("set", described, lambda split: iter([Row(data, None, "a\nb")])), tmp_path / "broken")
+
+
 def test_rows_come_in_a_random_order_that_the_seed_decides(tmp_path: Path) -> None:
     path = write_h5mu(tmp_path / "m.h5mu")
     first, again, other = (by_cell(from_h5(path, seed=seed)) for seed in (0, 0, 1))
@@ -402,7 +448,9 @@ def test_two_files_are_two_modalities_matched_by_name_and_labels_are_joined(tmp_
 
 def test_features_and_arrays_of_one_file_are_modalities(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "one.h5ad", ["a", "b", "c"], np.arange(12.0).reshape(3, 4))
-    rows = by_cell(from_h5(path, features="feature_types", obsm=["protein", "pca"], test_share=0.4))
+    dataset = from_h5(path, features="feature_types", obsm=["protein", "pca"], test_share=0.4)
+    assert dataset.features == {"gene_expression": ["v1", "v3"], "peaks": ["v0", "v2"], "protein": ["a", "b"], "pca": ["pca_0", "pca_1"]}
+    rows = by_cell(dataset)
     data = [
         ({"gene_expression": [4 * n + 1, 4 * n + 3], "peaks": [4 * n, 4 * n + 2], "protein": [n, n + 0.5], "pca": [1, 1]}, None)
         for n in range(3)
@@ -508,7 +556,13 @@ def test_every_flag_that_the_migration_page_names_exists() -> None:
     page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
     ours = [line.split("|")[2] if line.startswith("|") else line for line in page.splitlines()]  # the left column of a table is theirs
     named = {flag.removeprefix("no-") for line in ours if "pip " not in line for flag in re.findall(r"--([a-z][a-z-]+)", line)}
-    known = {entry.name for options in (Convert, run.Where, run.WriteTo) for entry in fields(options)} | {"num", "shards", "help"}
+    known = {entry.name for options in (Convert, run.Where, run.WriteTo) for entry in fields(options)} | {
+        "num",
+        "shards",
+        "help",
+        "draws",
+        "interval",
+    }
     for recipe in ("auto", "mnist_svhn"):
         known |= set(names(RECIPES[recipe]))
     assert len(named) > 20 and {flag.replace("-", "_") for flag in named} - known == set()

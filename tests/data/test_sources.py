@@ -292,7 +292,7 @@ def test_a_shard_or_an_index_that_is_missing_at_its_source_is_an_error_at_once(
     system.rm("/bucket/set/train.index.npy")
     for path in remote.glob("*.npy"):
         path.unlink()
-    with pytest.raises(ValueError, match=f"{ADDRESS}/train.index.npy: the index of split 'train' is missing"):
+    with pytest.raises(ValueError, match=f"{ADDRESS}/train.index.npy: the index is missing"):
         evaluated(ADDRESS)
     system.rm("/bucket/set/manifest.json")
     with pytest.raises(ValueError, match=f"{ADDRESS}: expected a folder of shards, found no manifest.json"):

@@ -29,11 +29,16 @@ def h5py() -> Any:
 # ---- data frames ------------------------------------------------------------------------------------------------------------------------
 
 
-def index(frame: Any, place: str) -> np.ndarray:
-    """The names of a frame's rows, as an array of texts. Raises ValueError for another layout, and names that occur twice."""
-    if "_index" not in frame.attrs:
+def names(frame: Any, place: str) -> np.ndarray:
+    """The names of a frame's rows, as an array of texts. Raises ValueError for another layout."""
+    if "_index" not in getattr(frame, "attrs", {}):
         raise ValueError(f"{place}: expected a data frame with an index, got {type(frame).__name__}; {OLD}")
-    found = _values(frame[frame.attrs["_index"]])[0].astype(str).astype(object)
+    return _values(frame[frame.attrs["_index"]])[0].astype(str).astype(object)
+
+
+def index(frame: Any, place: str) -> np.ndarray:
+    """`names` that tell rows apart. Raises ValueError for names that occur twice."""
+    found = names(frame, place)
     unique, times = np.unique(found, return_counts=True)
     if len(unique) < len(found):
         raise ValueError(f"{place}: expected each name once, got {unique[times > 1][0]!r} {times.max()} times; make names unique")

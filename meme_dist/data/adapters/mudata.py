@@ -42,9 +42,9 @@ def from_h5(
     modalities or by modality. Whole numbers become counts (negative_binomial), others vectors (normal), unless `likelihoods` says
     otherwise. `label` is the column of `obs` with the classes, of the MuData or of any modality, where a cell has it first.
 
-    Modalities are named by `modality_names`. The order is random among blocks of 64 neighbours, as many as `WINDOW` holds, and over all
-    such windows, so that the file is read once. Raises ValueError for other layouts, unknown layers or columns, names of cells that occur
-    twice, and NaN or infinity, naming the cell.
+    Modalities are named by `modality_names`; rows and features keep their names in `obs` and `var`. The order is random among blocks of 64
+    neighbours, as many as `WINDOW` holds, and over all such windows, so that the file is read once. Raises ValueError for other layouts,
+    unknown layers or columns, names of cells that occur twice, and NaN or infinity, naming the cell.
     """
     paths = [Path(file) for file in files]
     parts = _named(_parts(paths, features, obsm), layers)
@@ -53,11 +53,12 @@ def from_h5(
     fields = {part.name: _field(part, (likelihoods or {}).get(part.name)) for part in parts}
     if unknown := set(likelihoods or {}) - set(fields):
         raise ValueError(f"likelihoods: unknown modalities {sorted(unknown)}; there are {list(fields)}")
+    features_of = {part.name: _feature_names(part, fields[part.name].shape[0]) for part in parts}
     numbers = held_out(len(cells), test_share, seed)
 
     def rows(split: str) -> Iterator[Row]:
         check_split(split)
-        return _rows(parts, fields, numbers[split], codes, generator(seed, f"adapters/{split}/order"))
+        return _rows(parts, fields, numbers[split], codes, cells, generator(seed, f"adapters/{split}/order"))
 
     keywords = {
         "sha256": [file_sha256(path) for path in paths],
@@ -66,7 +67,7 @@ def from_h5(
         "test_share": test_share,
         "seed": seed,
     }
-    return Dataset(name, fields, rows, classes, keywords)
+    return Dataset(name, fields, rows, classes, keywords, features=features_of)
 
 
 class _Part(NamedTuple):
@@ -209,6 +210,18 @@ def _field(part: _Part, wanted: Likelihood | None) -> Field:
     return Field("counts" if likelihood in COUNT_LIKELIHOODS else "vector", (width,), "npy", likelihood)
 
 
+def _feature_names(part: _Part, width: int) -> list[str]:
+    """From var, or the columns of a frame in obsm; those of a bare array are numbered."""
+    with _opened(part.path) as file:
+        group = file[part.group]
+        if not part.place.startswith("obsm/"):
+            names = _h5.names(group.get("var"), f"{part.name}: var")
+            return (names if part.columns is None else names[part.columns]).tolist()
+        columns = group[part.place].attrs.get("column-order")
+        key = part.place.partition("/")[2]
+        return [f"{key}_{number}" for number in range(width)] if columns is None else list(map(str, columns))
+
+
 def _not_finite(part: _Part, low: int, block: Any) -> str:
     dense = block.toarray() if isinstance(block, sparse.csr_matrix) else block
     row = low + int(np.flatnonzero(~np.isfinite(dense).all(1))[0])
@@ -223,23 +236,28 @@ def _not_finite(part: _Part, low: int, block: Any) -> str:
 
 
 def _rows(
-    parts: Sequence[_Part], fields: Mapping[str, Field], mine: np.ndarray, codes: np.ndarray, rng: np.random.Generator
+    parts: Sequence[_Part], fields: Mapping[str, Field], mine: np.ndarray, codes: np.ndarray, cells: np.ndarray, rng: np.random.Generator
 ) -> Iterator[Row]:
     with ExitStack() as stack:
         matrices = {part.name: _matrix(part, stack) for part in parts}
         size = max(BLOCK, int(WINDOW / max(1.0, sum(x.row_bytes for x in matrices.values()))))
         for window in _windows(mine, size, rng):
-            yield from _of_window(parts, matrices, fields, window, codes)  # whose matrices are let go before the next are read
+            yield from _of_window(parts, matrices, fields, window, codes, cells)  # whose matrices are let go before the next are read
 
 
 def _of_window(
-    parts: Sequence[_Part], matrices: Mapping[str, _h5.Matrix], fields: Mapping[str, Field], window: np.ndarray, codes: np.ndarray
+    parts: Sequence[_Part],
+    matrices: Mapping[str, _h5.Matrix],
+    fields: Mapping[str, Field],
+    window: np.ndarray,
+    codes: np.ndarray,
+    cells: np.ndarray,
 ) -> Iterator[Row]:
     held = {part.name: _held(matrices[part.name], part, window) for part in parts}
     for number, cell in enumerate(window):
         there = {name: (block, int(where[number])) for name, (block, where) in held.items() if where[number] >= 0}
         data = {name: _datum(block, row, fields[name]) for name, (block, row) in there.items()}
-        yield Row(data, int(codes[cell]) if codes[cell] >= 0 else None)
+        yield Row(data, int(codes[cell]) if codes[cell] >= 0 else None, str(cells[cell]))
 
 
 def _windows(mine: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
