@@ -6,6 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 FAILED, MISTAKE = 1, 2  # exit statuses: something went wrong, may work again; cannot do what was asked, and never will
@@ -22,6 +25,17 @@ def status_of(error: Exception) -> int:
     """
     mistake = isinstance(error, MISTAKES) or isinstance(error, OSError) and error.errno in FULL
     return MISTAKE if mistake else FAILED
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the file system within it names this path, the one that was asked for, not what was to be made on the way to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}: cannot write {path}; choose another place") from error
 
 
 def leave(status: int) -> NoReturn:

@@ -45,13 +45,19 @@ class PseudoInputs(nn.Module):
 
     @torch.no_grad()
     def initialise(self, features: Float[Tensor, "R *feature"], generator: torch.Generator) -> None:
-        """Take M of these rows; where there are fewer, repeat them with a tenth of their spread as noise, so that none stay equal."""
+        """Take M of these rows; where there are fewer, repeat them with a tenth of their spread as noise, so that none stay equal.
+
+        Rows that are all the same (one alone) have none: then it is a tenth of their mean size, or of 1.
+        """
         if len(features) == 0:
-            raise ValueError("pseudo-inputs need at least one present row of each modality; got none: use a larger first batch")
+            raise ValueError("pseudo-inputs: expected at least one row that holds the modality, got none")
         count = len(self.inputs)
         order = torch.randperm(len(features), generator=generator).repeat(-(-count // len(features)))[:count]
         chosen = features.to(self.inputs)[order.to(features.device)]
-        jitter = torch.randn(chosen.shape, generator=generator).to(chosen) * (0.1 * chosen.std(0, correction=0, keepdim=True))
+        spread = chosen.std(0, correction=0, keepdim=True)
+        if not spread.any():
+            spread = chosen.abs().mean() if chosen.any() else torch.ones_like(spread)
+        jitter = torch.randn(chosen.shape, generator=generator).to(chosen) * (0.1 * spread)
         self.inputs.copy_(chosen)
         self.inputs[len(features) :] += jitter[len(features) :]
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from meme_dist.leave import naming
+
 PATIENCE = timedelta(hours=1)  # a rank waits no longer for another: for its share of a shard, or while rank 0 trains the classifiers
 TELLS = "meme_dist.ranks/tells"  # the store's key under which stands who tells the error
 
@@ -148,8 +150,9 @@ def hidden(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
     try:
         with processes.agreed():
             if processes.is_main:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                temporary.mkdir()
+                with naming(folder):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    temporary.mkdir()
         with processes.agreed():
             if not temporary.is_dir():
                 raise ValueError(f"{folder.parent}: what rank 0 writes here is not to be seen; choose storage that all processes share")

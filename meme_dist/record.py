@@ -7,16 +7,22 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import meme_dist
+from meme_dist.leave import naming
 from meme_dist.train.training import FREE
 
+if TYPE_CHECKING:  # the supervisor reads records, and does without the seconds that torch takes
+    from meme_dist.data.index import Manifest
+
 FILE = "run.json"
+ROWS = "shards.json"  # beside it: the shards' manifest, from which the model is built when they are elsewhere
 FORMAT = 1
 PACKAGES = ("torch", "accelerate", "webdataset", "numpy", "safetensors", "triton", "deepspeed")
 # What a resumed run may change beside what `train` allows: where files lie (the shards' own hash says whether they are the same).
@@ -53,13 +59,36 @@ def describe(recipe: str, keywords: Mapping[str, Any], shards: str, *, world: in
     )
 
 
-def create(folder: Path, record: Record) -> None:
+def check_new(folder: Path) -> None:
+    """Raise ValueError where a new run's folder exists already, OSError where it could not be made; nothing is left of the attempt."""
+    if folder.exists():
+        raise ValueError(taken(folder))
+    above = next(path for path in folder.absolute().parents if path.exists())
+    with naming(folder), tempfile.TemporaryDirectory(dir=above):
+        pass
+
+
+def create(folder: Path, record: Record, rows: "Manifest") -> None:
     """Make a new run folder. Raises ValueError, and touches nothing, where the folder exists already."""
     try:
-        folder.mkdir(parents=True)
+        with naming(folder):
+            folder.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(taken(folder)) from None
     write_json(folder / FILE, dataclasses.asdict(record))
+    write_json(folder / ROWS, rows.described())
+
+
+def move(folder: Path, rows: "Manifest", keywords: Mapping[str, Any] | None = None) -> None:
+    """Note where a run's shards, and with `keywords` the source of its rows, lie now; the rows themselves are the same."""
+    old = load(folder)
+    places = {"shards": rows.address, **{name: value for name, value in (keywords or {}).items() if name in PLACES}}
+    moved = {name: places[name] for name in old.keywords if name in places}
+    new = dataclasses.replace(old, shards=rows.address, keywords={**old.keywords, **moved})
+    if new != old:
+        write_json(folder / FILE, dataclasses.asdict(new))
+    if not (folder / ROWS).is_file():  # a run from before it was kept
+        write_json(folder / ROWS, rows.described())
 
 
 def taken(folder: Path) -> str:

@@ -19,8 +19,11 @@ LINK = 12.5e9  # bytes a second that a process sends: a 100 Gb/s network; within
 def rehearse(name: str, arguments: Mapping[str, Any], where: Where, processes: int, *, console: Console) -> None:
     """Count one micro batch of this recipe on this machine, and print memory, traffic and speed for so many processes.
 
-    Shards are written where they are not there yet; no run folder is made. Raises ValueError where the batch does not divide.
+    Shards are written where they are not there yet; no run folder is made. Raises ValueError for less than one process, and where the
+    batch does not divide.
     """
+    if processes < 1:
+        raise ValueError(f"--dry-run: expected 1 process or more, got {processes}")
     recipe = recipe_of(name)(**arguments)
     training = recipe.training
     check_batch(training, processes)

@@ -3,6 +3,7 @@
 Every rank runs the same lines; rank 0 writes. What a run leaves behind, in its folder:
 
     run.json        recipe, keywords, commit, versions, machine: enough to run it again
+    shards.json     what the shards' manifest says: the model can be built when they are elsewhere
     metrics.jsonl   one line a logged step, evaluations among them (and the same for TensorBoard)
     checkpoints/    last (for --resume) and best (lowest held-out loss), safetensors
     results.json    every measurement of the last evaluation, with 95 % intervals
@@ -27,10 +28,11 @@ from meme_dist import record
 from meme_dist.assess import EVALUATION_ROWS, Place, assess, classifiers_of, evaluation
 from meme_dist.classifiers import Classifier
 from meme_dist.cost import Meter
+from meme_dist.data.first import first_batch
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
 from meme_dist.data.source import absolute
-from meme_dist.data.stream import Stream
+from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
 from meme_dist.metrics.rows import Metric
@@ -116,10 +118,10 @@ def run_folder(name: str) -> Path:
 
 
 def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Console) -> bool:
-    """Train a recipe with these keywords and evaluate it; False where it was told to stop (SIGTERM, SIGUSR1) and saved before the end.
+    """Train a recipe with these keywords and evaluate it; False where it was told to stop (SIGTERM, SIGUSR1, SIGINT) and saved.
 
     Raises ValueError for an existing run folder without `resume`, and for a resumed run whose recipe or keywords changed, that is trained
-    further than it is asked to, or that `run` contradicts.
+    further than it is asked to, or that `run` contradicts. What fails before the first step leaves no run folder.
     """
     started = ranks()
     prepared = prepare(name, arguments, where, started, console=console)
@@ -145,6 +147,7 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
             f"give --steps {trainer.step} or more, or start a new run from its settings: --like {prepared.folder}"
         )
     watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
+    _write_down(prepared, trainer, new=where.resume is None)
     meter = Meter()
 
     def look() -> None:
@@ -152,15 +155,14 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
             watch.evaluate()
 
     with heart:
-        if trainer.step % training.evaluate_every == 0 and trainer.evaluated < trainer.step:  # it was stopped before it could
+        if trainer.evaluated < trainer.step and watch.due(trainer.step):  # the checkpoint is from before it
             look()
-            trainer.save(wait=False)
         for report in shown(trainer, total=training.steps, console=console, visible=trainer.is_main):
             last = report.step == training.steps
-            if last or report.step % training.evaluate_every == 0 and not trainer.stopping:
-                look()
-            if last or report.step % training.save_every == 0:
+            if last or report.step % training.save_every == 0:  # before the look: if that fails, nothing is lost
                 trainer.save(wait=False)
+            if last or watch.due(report.step) and not trainer.stopping:
+                look()
     done = trainer.step == training.steps
     if not done:
         trainer.save()
@@ -175,18 +177,16 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
 
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
-    """Write what has to be there before training: shards, and the run's folder with its run.json. Rank 0 writes, the others wait."""
+    """The recipe, its shards (written where they are not there yet) and the folder for the run, which is not made yet."""
     keywords, folder = flatten(arguments), _folder(name, where, started.world)
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
     if where.resume is not None:
         record.check_unchanged(folder, record.load(folder), name, keywords, defaults(recipe_of(name)))
-    elif started.rank == 0 and folder.exists():  # before an hour of writing shards
-        raise ValueError(record.taken(folder))
+    elif started.rank == 0:  # before an hour of writing shards
+        record.check_new(folder)
     recipe = recipe_of(name)(**arguments)
     manifest = shards_of(recipe, where.data, started, console=console)
-    if where.resume is None and started.rank == 0:
-        record.create(folder, record.describe(name, keywords, manifest.address, world=started.world))
     return Prepared(name, recipe, keywords, manifest, folder)
 
 
@@ -214,9 +214,7 @@ def initial_objective(recipe: Recipe, manifest: Manifest) -> Objective:
     training = recipe.training
     torch.manual_seed(training.seed)
     objective = recipe.build(manifest)
-    rows = min(INITIAL_ROWS, manifest.num_rows("train"))
-    (batch,) = next(iter(Stream(manifest.folder, "train", batch_size=rows, seed=training.seed, damaged=training.damaged)))
-    objective.initialise(batch)
+    objective.initialise(first_batch(manifest, "train", rows=INITIAL_ROWS, seed=training.seed, damaged=training.damaged))
     return objective
 
 
@@ -239,6 +237,16 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, s
     return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, defaults=known, stop=stop, heart=heart)
 
 
+def _write_down(prepared: Prepared, trainer: Trainer, *, new: bool) -> None:
+    """The run's folder and its run.json, or where a resumed run's shards are now. Collective: then every rank may write there."""
+    name, _, keywords, manifest, folder = prepared
+    if trainer.is_main and new:
+        record.create(folder, record.describe(name, keywords, manifest.address, world=trainer.world), manifest)
+    elif trainer.is_main:
+        record.move(folder, manifest, keywords)
+    trainer.reduce(torch.zeros(1))
+
+
 def described(manifest: Manifest) -> str:
     """What there is to train on, in a line: rows, modalities, the share of missing entries."""
     split = manifest.splits["train"]
@@ -254,21 +262,28 @@ class Watch:
     def __init__(self, prepared: Prepared, trainer: Trainer, cache: Path | None, *, console: Console):
         self.prepared, self.trainer, self.console = prepared, trainer, console
         self.place = Place(trainer.rank, trainer.world, trainer.reduce)
+        self.rows = self._rows(measured=cache is not None)
         self.classifiers = {} if cache is None else self._in_turn(cache)
+
+    def due(self, step: int) -> bool:
+        """Is the training looked at after this step?"""
+        training = self.prepared.recipe.training
+        return step % training.evaluate_every == 0 or step == training.steps
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and, with labels, cross coherence on the first rows of the validation split (without one, of the test split).
 
-        They are logged, and the best step's weights kept.
+        They are logged, and the best step's weights kept. Nothing of it where there is neither split.
         """
         manifest, trainer = self.prepared.manifest, self.trainer
+        if self.rows is None:
+            return {}
         metrics: list[Metric] = [held_out_loss]
         if self.classifiers:
             metrics.append(cross_coherence(self.classifiers, source_sets(list(manifest.fields))))
-        batches = evaluation(manifest, manifest.watched, self.place, seed=self.prepared.recipe.training.seed)
         most = -(-PROGRESS_ROWS // (EVALUATION_ROWS * trainer.world))
         with trainer.averaged() as module:
-            found = values(evaluate(cast(Objective, module), itertools.islice(batches, most), metrics, reduce=trainer.reduce))
+            found = values(evaluate(cast(Objective, module), itertools.islice(self.rows, most), metrics, reduce=trainer.reduce))
         trainer.log(found)
         trainer.save_best(-found["held_out/loss"], wait=False)
         return found
@@ -287,6 +302,20 @@ class Watch:
                 place=self.place,
                 console=self.console,
             )
+
+    def _rows(self, *, measured: bool) -> Evaluation | None:
+        """The rows to watch; None without such a split. Raises ValueError, before a step is made, for splits or shards that are missing."""
+        manifest, seed = self.prepared.manifest, self.prepared.recipe.training.seed
+        if measured and "test" not in manifest.splits:
+            raise ValueError(
+                f"{manifest.folder}: expected a split 'test' to measure on at the end, got only {', '.join(manifest.splits)}; "
+                "add one, or train without measuring: --no-evaluate"
+            )
+        used = dict.fromkeys([manifest.watched, "test"] if measured else [manifest.watched])
+        rows = {split: evaluation(manifest, split, self.place, seed=seed) for split in used if split in manifest.splits}
+        if not rows and self.trainer.is_main:
+            self.console.print(f"{manifest.folder}: no validation or test rows, so no held-out loss and no best step", soft_wrap=True)
+        return rows.get(manifest.watched)
 
     def _in_turn(self, cache: Path) -> dict[str, Classifier]:
         """Rank 0 trains the classifiers and stores them, then the others find them there."""

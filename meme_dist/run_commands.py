@@ -18,6 +18,7 @@ def evaluate(words: list[str]) -> int:
     def command(
         run: tyro.conf.Positional[str],
         checkpoint: Literal["last", "best"] = "last",
+        shards: str | None = None,
         data: Path = Path("data"),
         seed: int | None = None,
         judge: str | None = None,
@@ -32,6 +33,7 @@ def evaluate(words: list[str]) -> int:
         Args:
             run: Name of the run, or the path of its folder.
             checkpoint: The last weights, or those with the lowest held-out loss.
+            shards: Where the run's shards are now, if they have moved; noted in the run, so that later commands find them.
             data: Folder in which trained classifiers are kept.
             seed: Seed of the draws; by default the run's.
             judge: Another run whose data trains the classifiers: the same judges for runs on different shares of the rows.
@@ -43,10 +45,11 @@ def evaluate(words: list[str]) -> int:
         """
         from meme_dist.assess import assess_stored
         from meme_dist.report import USUAL
+        from meme_dist.reweighted import Reweighted
         from meme_dist.stored import on_split, pooled
 
         def work(processes: Any) -> None:
-            stored = find(run, checkpoint, processes)
+            stored = find(run, checkpoint, processes, shards=shards)
             judges = None if judge is None else find(judge, checkpoint, processes).manifest
             console = Console(highlight=False)
             if pool != "own" and prior != "own":
@@ -55,7 +58,8 @@ def evaluate(words: list[str]) -> int:
                 stored = pooled(stored, pool, processes)
             stored = _with_prior(stored, prior, checkpoint, processes)
             stored = on_split(stored, split, processes)
-            how = {"checkpoint": checkpoint, "pool": pool, "prior": prior, "judge": judge}
+            caution = stored.objective.caution if isinstance(stored.objective, Reweighted) else None
+            how = {"checkpoint": checkpoint, "pool": pool, "prior": prior, "judge": judge, "likelihoods": caution}
             assess_stored(
                 stored,
                 data / "classifiers",
@@ -102,7 +106,7 @@ def generate(words: list[str]) -> int:
         def work(processes: Any) -> None:
             if set and prior != "own":
                 raise ValueError("attributes are set in the model's own prior: give --set or --prior, not both")
-            stored = _with_prior(find(run, checkpoint, processes), prior, checkpoint, processes)
+            stored = _with_prior(find(run, checkpoint, processes, rows=False), prior, checkpoint, processes)
             folder = out or stored.folder / "-".join(["generated", *set, str(seed)])
             if set:
                 from meme_dist.edit import given, wanted
@@ -119,25 +123,51 @@ def generate(words: list[str]) -> int:
 
 
 def impute(words: list[str]) -> int:
-    """`impute RUN --shards FOLDER --out FOLDER`."""
+    """`impute RUN --shards FOLDER --out FOLDER --h5mu FILE`."""
 
-    def command(run: tyro.conf.Positional[str], shards: str, out: Path, seed: int = 0, checkpoint: Literal["last", "best"] = "last") -> int:
-        """Fill in the missing modalities of every row: new shards with the same rows, in the same order, complete.
+    def command(
+        run: tyro.conf.Positional[str],
+        shards: str,
+        out: Path | None = None,
+        h5mu: Path | None = None,
+        draws: int = 1,
+        interval: float | None = None,
+        seed: int = 0,
+        checkpoint: Literal["last", "best"] = "last",
+    ) -> int:
+        """Fill in the missing modalities of every row: new shards with the same rows, in the same order, complete; a .h5mu file; or both.
 
         Args:
             run: Name of the run, or the path of its folder.
             shards: Folder, or address, of shards with the modalities that the run was trained on.
-            out: New folder for the completed shards.
+            out: New folder for the completed shards. Counts are whole numbers there, rounded at random so that their mean is kept.
+            h5mu: New MuData file, for vectors and counts: expected values under the names of cells and features, and who was measured.
+            draws: Codes of each row that what is filled in is the mean of.
+            interval: Level of a central interval of each number, .95 say, in the layers lower and upper of the file; 39 or 199 draws.
             seed: Seed of the draws; another one gives other plausible completions.
             checkpoint: The last weights, or those with the lowest held-out loss.
         """
-        from meme_dist.impute import impute
+        if out is None and h5mu is None:
+            raise ValueError("impute: expected --out FOLDER for shards, --h5mu FILE for a MuData file, or both; got neither")
+        if interval is not None and h5mu is None:
+            raise ValueError("impute: shards have one value for each entry; give --interval with --h5mu FILE")
+        from meme_dist.data.index import Manifest
+        from meme_dist.impute import check_features, impute, impute_h5mu
 
         def work(processes: Any) -> None:
-            stored = find(run, checkpoint, processes)
-            for split, filled in impute(stored.objective, stored.manifest.fields, shards, out, seed=seed, processes=processes).items():
-                if processes.is_main:
-                    print(f"{out}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
+            stored = find(run, checkpoint, processes, rows=False)
+            with processes.agreed():
+                check_features(Manifest.load(shards), stored.manifest)
+            what = (stored.objective, stored.manifest.fields, shards)
+            how = {"draws": draws, "seed": seed, "processes": processes}
+            told = {}
+            if h5mu is not None:
+                told[h5mu] = impute_h5mu(*what, h5mu, interval=interval, **how)
+            if out is not None:
+                told[out] = impute(*what, out, **how)
+            for place, splits in told.items() if processes.is_main else ():
+                for split, filled in splits.items():
+                    print(f"{place}: {split}, {filled.rows:,} rows: {filled.there:,} entries copied, {filled.filled:,} filled in")
 
         return together(work)
 
@@ -179,13 +209,20 @@ def together(work: Callable[[Any], None]) -> int:
     return 0
 
 
-def find(run: str, checkpoint: str, processes: Any):
-    """A trained run, by its name or folder, on every process; where one cannot load it all of them stop."""
-    from meme_dist import stored
+def find(run: str, checkpoint: str, processes: Any, *, rows: bool = True, shards: str | None = None):
+    """A trained run, by its name or folder, on every process; where one cannot load it all of them stop.
+
+    `rows` and `shards` as for `stored.load`; where the shards are now is noted in the run.
+    """
+    from meme_dist import record, stored
     from meme_dist.run import run_folder
 
+    folder = run_folder(run)
     with processes.agreed():
-        found = stored.load(run_folder(run), checkpoint=checkpoint, device=processes.device)
+        found = stored.load(folder, checkpoint=checkpoint, device=processes.device, rows=rows, shards=shards)
+    with processes.agreed():
+        if shards is not None and processes.is_main:
+            record.move(folder, found.manifest)
     return found
 
 

@@ -1,5 +1,6 @@
 """A run that was trained: its model, its recipe and its rows, from its folder alone."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from meme_dist.ranks import ALONE, Processes
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import unflatten
 from meme_dist.recipes.named import recipe_of
-from meme_dist.train.checkpoint import load_weights
+from meme_dist.train import checkpoint as checkpoints
 
 
 class Stored(NamedTuple):
@@ -36,22 +37,53 @@ def arguments_of(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def load(folder: Path, *, checkpoint: str = "last", device: torch.device | None = None) -> Stored:
+def load(
+    folder: Path, *, checkpoint: str = "last", device: torch.device | None = None, rows: bool = True, shards: str | None = None
+) -> Stored:
     """The model of a run, with its averaged weights where it has some, on `device`: by default a GPU if there is one.
 
-    Raises ValueError where there is no such run or checkpoint, where the shards have gone, or where the weights are another model's.
+    `shards`: where its rows are now, if they have moved. Without `rows` nobody will read them, and they need not be there. Raises
+    ValueError where there is no such run or checkpoint, where the shards have gone or are others, or where the weights are another model's.
     """
     name, arguments = arguments_of(folder)
     recipe = recipe_of(name)(**arguments)
-    manifest = Manifest.load(record.load(folder).shards)
+    manifest = _shards_of(folder, shards) if rows else _kept(folder) or _shards_of(folder, shards)
     torch.manual_seed(recipe.training.seed)
     objective = recipe.build(manifest)
+    place = folder / "checkpoints" / checkpoint
     try:
-        step = load_weights(objective, folder / "checkpoints" / checkpoint)
+        step = checkpoints.load_weights(objective, place)
+        seen = checkpoints.read(place, only=[]).state["stream"].get("shards", manifest.fingerprint)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; train it further: meme-dist train --resume {folder}") from None
+    if seen != manifest.fingerprint:
+        raise ValueError(
+            f"{manifest.folder}: expected the shards that {folder} was trained on (fingerprint {seen[:12]}), got others "
+            f"({manifest.fingerprint[:12]}); name the folder that has them: meme-dist evaluate {folder} --shards FOLDER"
+        )
     objective.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return Stored(objective, recipe, manifest, folder, step)
+
+
+def _shards_of(folder: Path, shards: str | None) -> Manifest:
+    try:
+        return Manifest.load(shards or record.load(folder).shards)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: its rows cannot be read: {error}. If the shards have moved, say once where they are: "
+            f"meme-dist evaluate {folder} --shards FOLDER"
+        ) from None
+
+
+def _kept(folder: Path) -> Manifest | None:
+    """What the manifest of a run's shards said, wherever they are now; None for a run that did not keep it."""
+    file = folder / record.ROWS
+    if not file.is_file():
+        return None
+    try:
+        return Manifest.of(record.load(folder).shards, json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: not the description of a run's rows ({error!r}); remove it, the shards describe them too") from error
 
 
 def pooled(stored: Stored, pool: Pool, processes: Processes = ALONE) -> Stored:

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 
 from meme_dist.data.index import Manifest
+from meme_dist.leave import WRITER
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import unflatten
-from meme_dist.run import Ranks, Where, initial_objective, prepare, train_prepared
+from meme_dist.run import Ranks, Watch, Where, initial_objective, prepare, train_prepared
 from meme_dist.train import checkpoint
 from meme_dist.train.signals import Stop
 from meme_dist.train.spikes import SpikeDetector
@@ -207,8 +208,8 @@ class StopAt(Stop):
         return self.left == 0
 
 
-def trained(folder: Path, *, stop_at: int = 0, resume: bool = False) -> bool:
-    settings = {"steps": 6, "batch_size": 8, "evaluate_every": 2, "save_every": 4, "log_every": 1, "schedule": "constant"}
+def trained(folder: Path, *, stop_at: int = 0, resume: bool = False, steps: int = 6) -> bool:
+    settings = {"steps": steps, "batch_size": 8, "evaluate_every": 2, "save_every": 4, "log_every": 1, "schedule": "constant"}
     arguments = unflatten(RECIPES["linear_gaussian"], {"rows_in_all": 40, "samples": 2, "pseudo_inputs": 4, **settings})
     where = Where(run=str(folder), resume=str(folder) if resume else None, data=folder.parent / "data", evaluate=False)
     alone, console = Ranks(0, 0, 1), Console(quiet=True)
@@ -230,6 +231,35 @@ def test_a_run_stopped_where_an_evaluation_was_due_makes_it_up_and_logs_what_the
         assert log_of(folder) == log_of(tmp_path / "whole")
         best = (checkpoint.read(path / "checkpoints" / "best") for path in (folder, tmp_path / "whole"))
         assert len({(saved.state["step"], saved.state["value"]) for saved in best}) == 1
+
+
+@pytest.mark.parametrize(("fails_at", "saved"), [(4, 4), (6, 4), (8, 8)])
+def test_an_evaluation_that_fails_loses_no_step_that_was_to_be_saved_and_the_resumed_run_is_the_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, saved: int
+) -> None:
+    """At 4 and 8 a save is due as well; the one before 6 is from before the evaluation of its own step, which is then made again."""
+    assert trained(tmp_path / "whole", steps=8)
+    with monkeypatch.context() as patch:
+        evaluate = Watch.evaluate
+
+        def failing(watch: Watch) -> dict[str, float]:
+            if watch.trainer.step == fails_at:
+                raise OSError("the test rows are gone")
+            return evaluate(watch)
+
+        patch.setattr(Watch, "evaluate", failing)
+        with pytest.raises(OSError, match="rows are gone"):
+            trained(tmp_path / "parts", steps=8)
+    for thread in threading.enumerate():
+        if thread.name == WRITER:
+            thread.join()
+    assert checkpoint.read_state(tmp_path / "parts" / "checkpoints" / "last")["step"] == saved
+    assert trained(tmp_path / "parts", steps=8, resume=True)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    for name in ("last", "best"):
+        one, two = (checkpoint.read(tmp_path / run / "checkpoints" / name) for run in ("parts", "whole"))
+        assert (one.state["step"], one.state.get("value")) == (two.state["step"], two.state.get("value"))
+        assert all(torch.equal(x, two.tensors["model"][key]) for key, x in one.tensors["model"].items())
 
 
 def test_several_processes_need_a_name_for_the_run_that_all_of_them_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from meme_dist.train.signals import EXITS, SAVED, Stop, tell, told
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
     with Stop() as stop:
         assert not stop.requested
@@ -59,6 +59,29 @@ def test_a_later_signal_ends_a_process_that_had_no_handler_before() -> None:
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "saving\n"), done.stderr
+
+
+def test_a_second_interrupt_ends_at_once_unless_a_launcher_may_have_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's Ctrl-C reaches a launched process twice: from the terminal, and passed on by the launcher."""
+    monkeypatch.setenv("RANK", "0")
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+    monkeypatch.delenv("RANK")
+    with pytest.raises(KeyboardInterrupt), Stop():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_a_shell_keeps_from_its_background_jobs_stays_ignored() -> None:
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_another_thread_than_the_main_one_is_told_so() -> None:

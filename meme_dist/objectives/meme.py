@@ -100,9 +100,15 @@ class MEME(Objective):
         self.conditional = None if shared else torch.nn.ModuleDict({name: m.twin() for name, m in modalities.items()})
 
     def initialise(self, batch: Batch) -> None:
-        """Take the pseudo-inputs from this batch's present rows, the same ones for the same batch and seed."""
+        """Take the pseudo-inputs from this batch's present rows, the same ones for the same batch and seed.
+
+        Raises ValueError for a modality that none of them holds.
+        """
         for name, packed in batch.modalities.items():
-            features = self.conditional_prior(name).embed(packed.data[packed.row < len(batch.observed)])
+            data = packed.data[packed.row < len(batch.observed)]
+            if len(data) == 0:
+                raise ValueError(f"{name}: no training row holds it, and its pseudo-inputs are made of some; leave it out, or add rows")
+            features = self.conditional_prior(name).embed(data)
             self._pseudo(name).initialise(features, torch.Generator().manual_seed(batch.seed))
 
     def conditional_prior(self, name: str) -> Encoding:

@@ -22,6 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from meme_dist.leave import naming
+
 FORMAT = 1
 STATE = "state.json"
 ATTEMPTS = 3  # at reading what may be replaced meanwhile
@@ -291,9 +293,10 @@ def export(folder: Path, out: Path, *, averaged: bool = True) -> int:
     stem = "ema" if averaged and "ema" in map(_stem, read_state(found)["sha256"]) else "model"
     checkpoint = read(found, only=[stem])
     partial = out.with_name(f"{out.name}.partial")
-    partial.unlink(missing_ok=True)
-    _write_file(partial, _packed(checkpoint.tensors[stem]))
-    partial.rename(out)
+    with naming(out):
+        partial.unlink(missing_ok=True)
+        _write_file(partial, _packed(checkpoint.tensors[stem]))
+        partial.rename(out)
     return int(checkpoint.state["step"])
 
 

@@ -32,11 +32,18 @@ class Log:
             _replace(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line; it has reached the operating system when this returns."""
+        """Append one line; it has reached the operating system when this returns.
+
+        Where a run goes on from, what is measured again replaces what was: a checkpoint may be from before a measurement of its step.
+        """
         if self._folder is None:
             return
         if not self._open:
             self._start(self._folder)
+        if step == self._resumed_at and (path := self._folder / FILE).exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) != step or not values.keys() & json.loads(line).keys()]
+            _replace(path, "".join(f"{line}\n" for line in kept))
         with open(self._folder / FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(dict(values), step=step)
