@@ -2,8 +2,8 @@
 
 Each row is a training by the library's own recipe and trainer, then probed on test rows (`meme_dist.metrics.leakage`):
 
-    z, w      accuracy of a fresh perceptron that reads the label from samples of the free latents, or of the label's block
-    base      that of always guessing the commonest label
+    z, w      accuracy of fresh perceptrons that read the label from samples of the free latents, or of the label's block
+    base      that of always guessing the commonest label of the test rows
     swap      share of test rows that show the other label, by the known rule, once the block is set to it
     shift     how far an edit moves what it should leave alone (swiss roll: the two coordinates of the roll, whose radius is 14)
 

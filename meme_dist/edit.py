@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meme_dist import figures
 from meme_dist.data.fields import SPECIAL, Field
+from meme_dist.leave import naming
 from meme_dist.metrics.rows import device_of, evaluating, noise_of, on_device
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
@@ -47,9 +48,11 @@ class Given(Objective):
 def wanted(stored: Stored, words: Sequence[str]) -> dict[str, int]:
     """The attributes' values that words such as "thick=1" or "name=seven" ask for, each as its number.
 
-    Raises ValueError for a model without attributes, an unknown attribute or value, and one that comes twice.
+    Raises ValueError for a model without attributes, an unknown attribute or value, one that comes twice, and where nothing is asked for.
     """
     objective, values = csvae(stored.objective), {}
+    if not words:
+        raise ValueError(f"--set: expected ATTRIBUTE=VALUE once or more, got none; for example --set {objective.attributes[0]}=1")
     for word in words:
         name, there, value = word.partition("=")
         if not there:
@@ -109,7 +112,8 @@ def save_edits(stored: Stored, batch: Batch, values: Mapping[str, int], folder: 
     if folder.exists():
         raise ValueError(f"{folder}: exists already, and nothing is overwritten; choose another folder (--out)")
     made = edit(csvae(stored.objective), batch, values, draw=draw)
-    folder.mkdir(parents=True)
+    with naming(folder):
+        folder.mkdir(parents=True)
     flat = {f"{name}/{what}": x.contiguous() for what, of_one in made.items() for name, x in of_one.items()}
     save_file(flat, folder / "edits.safetensors")
     shown = {f"{name}, {what}": x for what, of_one in made.items() for name, x in of_one.items()}

@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
             set: What to set, for example thick=1 leaning=0.
             rows: How many rows.
             draw: Draw the attribute's latents instead of taking their mean: another variant of it in every row.
-            out: New folder for them; by default edited-ATTRIBUTE=VALUE in the run's folder.
+            out: New folder for them; by default edited-ATTRIBUTE=VALUE-SEED in the run's folder, with -drawn for draws.
             seed: Seed of the draws.
             checkpoint: The last weights, or those with the lowest held-out loss.
         """
@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
 
         found = stored.load(run_folder(run), checkpoint=checkpoint)
         values = edit.wanted(found, set)
-        folder = out or found.folder / f"edited-{'-'.join(set)}"
+        folder = out or found.folder / "-".join(["edited", *set, *(["drawn"] if draw else []), str(seed)])
         for path in edit.save_edits(found, edit.first_rows(found, rows, seed=seed), values, folder, draw=draw):
             print(path)
         return 0

@@ -127,16 +127,24 @@ def _log_exponential(noise: Noise, purpose: str) -> Float[Tensor, " R"]:
 
 
 class Normaliser(NamedTuple):
-    """What draws of `proposals` each say of Z together."""
+    """What base draws say of Z, and how well draws of `proposals` each can be resampled.
+
+    log Z is skewed: as long as the draws have missed the points with the largest weights it is too low, and its error too small. Where it
+    rests on few effective draws it is no more than a lower guess.
+    """
 
     log_z: float
+    error: float  # standard error of log_z
+    pooled: float  # effective number of the base draws that log_z rests on
     spread: float  # standard deviation of one draw's log Z
     effective: float  # mean effective sample size of a draw, out of `proposals`
     proposals: int
 
 
 def normaliser(drawn: Resampled, proposals: int) -> Normaliser:
-    """log of the mean Z over all draws, and how far the log Z of single draws spread."""
-    log_z = drawn.log_z.flatten()
+    """log of the mean Z over all draws, its error by the delta method, and how far the log Z of single draws spread."""
+    log_z, effective = drawn.log_z.flatten(), drawn.effective.flatten()
     together = float(log_z.logsumexp(0)) - math.log(len(log_z))
-    return Normaliser(together, float(log_z.std(correction=min(1, len(log_z) - 1))), float(drawn.effective.mean()), proposals)
+    pooled = float((2 * log_z.logsumexp(0) - (2 * log_z - effective.log()).logsumexp(0)).exp())
+    error = math.sqrt(max(0.0, 1 / pooled - 1 / (len(log_z) * proposals)))
+    return Normaliser(together, error, pooled, float(log_z.std(correction=min(1, len(log_z) - 1))), float(effective.mean()), proposals)

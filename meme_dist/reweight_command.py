@@ -71,13 +71,17 @@ def main(words: list[str]) -> int:
 
 def told(run: str, checkpoint: str, about: dict[str, Any]) -> str:
     """What a fit reached, and what to do with it."""
+    from meme_dist.reweighted import caution
+
     rises, found = about["gain"], about["normaliser"]
     share = found["effective"] / found["proposals"]
     lines = [
         f"bound on test rows  + {rises['value']:.2f} nats (standard error {rises['error']:.2f})",
-        f"log Z               {found['log_z']:.2f}, spread {found['spread']:.2f} from {found['proposals']} proposals",
-        f"effective size      {found['effective']:.0f} of {found['proposals']} proposals",
+        f"log Z               {found['log_z']:.2f} (standard error {found['error']:.2f}, of {found['pooled']:.0f} effective draws)",
+        f"effective size      {found['effective']:.0f} of {found['proposals']} proposals, whose log Z spreads by {found['spread']:.2f}",
     ]
+    if warning := caution(found["pooled"]):
+        lines.append(f"bound, likelihoods  {warning}; a smaller ratio (--bound 5, --smoothing .05) is known better")
     if share < FEW:
         lines.append("below 1 % of the proposals: draw by Langevin chains (--prior reweighted_langevin), or clip weights (--clip 50)")
     which = "" if checkpoint == "last" else f" --checkpoint {checkpoint}"

@@ -44,7 +44,7 @@ def fit_stored(
             base, device = stored.objective.prior(), device_of(stored.objective)
             ratio = fit_ratio(base, latents["train"], contrast)
             prior, found = normalised(base, ratio, sampler, seed=seed, device=device)
-            rises = gain(prior, latents["test"])
+            rises = gain(prior, latents["test"], error=found.error)
             about = {
                 "step": stored.step,
                 "model": _fingerprint(stored),
@@ -61,7 +61,8 @@ def fit_stored(
 def load_ratio(stored: Stored, checkpoint: str, *, langevin: bool = False) -> Reweighted:
     """The run's objective with its reweighted prior: resampled as it was when the ratio was fitted, or by Langevin chains.
 
-    Raises ValueError where there is none, where it was fitted to other weights of the model, and where its files are altered.
+    Chains start at draws that are resampled from as many proposals. Raises ValueError where there is none, where it was fitted to other
+    weights of the model or by a version that did not know how well log Z is known, and where its files are altered.
     """
     place = _place(stored, checkpoint)
     again = f"meme-dist reweight {stored.folder} --checkpoint {checkpoint}"
@@ -74,12 +75,15 @@ def load_ratio(stored: Stored, checkpoint: str, *, langevin: bool = False) -> Re
         raise ValueError(
             f"{place}: fitted to the model's weights of step {state['step']}, and these, of step {stored.step}, are others; again: {again}"
         )
+    if "pooled" not in state["normaliser"]:
+        raise ValueError(f"{place}: fitted by an earlier version, whose log Z came without its error; again: {again}")
     ratio = untrained(stored.objective.latent_dim, Contrast(**_numbers(state["contrast"])))
     checkpoints.check_tensors(found.tensors[STEM], ratio.state_dict(), place / f"{STEM}.safetensors")
     ratio.load_state_dict(dict(found.tensors[STEM]))
-    sampler: Sampler = Langevin() if langevin else Resample(**_numbers(state["sampler"]))
+    resampled = Resample(**_numbers(state["sampler"]))
+    sampler: Sampler = Langevin(proposals=resampled.proposals) if langevin else resampled
     ratio.to(device_of(stored.objective)).eval().requires_grad_(False)
-    return Reweighted(stored.objective, ratio, state["normaliser"]["log_z"], sampler)
+    return Reweighted(stored.objective, ratio, state["normaliser"]["log_z"], sampler, pooled=state["normaliser"]["pooled"])
 
 
 def reweighted(stored: Stored, checkpoint: str, *, langevin: bool = False, processes: Processes = ALONE) -> Stored:

@@ -8,6 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from meme_dist import edit as edits
+from meme_dist import run as runs
+from meme_dist import stored as stores
+from meme_dist.cli import main
 from meme_dist.data.fields import SPECIAL, Field
 from meme_dist.data.index import Manifest
 from meme_dist.distributions import DiagNormal
@@ -58,6 +62,7 @@ def test_words_name_an_attribute_and_one_of_its_values(tmp_path: Path) -> None:
         (["on=2"], r"on has no value '2' \(there are 0, 1\)"),
         (["shade=lihgt"], "shade has no value 'lihgt'; did you mean 'light'"),
         (["on=1", "on=0"], "on is set twice"),
+        ([], "expected ATTRIBUTE=VALUE once or more, got none; for example --set on=1"),
     ]:
         with pytest.raises(ValueError, match=says):
             wanted(run, words)
@@ -100,3 +105,14 @@ def test_edits_are_written_into_a_new_folder_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already, and nothing is overwritten"):
         save_edits(run, batch(), {"on": 1}, tmp_path / "edited", draw=False)
     assert [list(p) for p in itertools.pairwise(found["x/edited"][:2, 1].tolist())] == [[pytest.approx(3.0)] * 2]
+
+
+def test_the_documented_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, text = stored(tmp_path), (Path(__file__).parents[1] / "docs/attributes.md").read_text()
+    monkeypatch.setattr(runs, "run_folder", Path)
+    monkeypatch.setattr(stores, "load", lambda folder, **_: run)
+    monkeypatch.setattr(edits, "first_rows", lambda stored, rows, *, seed: batch(rows))
+    lines = [line.partition("#")[0].split()[1:] for line in text.splitlines() if line.startswith("meme-dist edit")]
+    assert len(lines) > 1 and all(main([word.replace("thick", "on") for word in words]) == 0 for words in lines)
+    assert len(list(tmp_path.glob("edited-*"))) == len(lines)
+    assert main(["edit", "strokes", "--set"]) == 2

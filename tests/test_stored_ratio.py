@@ -4,13 +4,16 @@ import contextlib
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meme_dist import assess
+from meme_dist import assess, run_commands, stored_ratio
+from meme_dist import stored as stores
 from meme_dist.cli import main
 from meme_dist.data.shards import Dataset, write_shards
 from meme_dist.data.stream import Evaluation
@@ -22,9 +25,12 @@ from meme_dist.metrics.rows import evaluating
 from meme_dist.noise import Noise
 from meme_dist.objectives.base import Objective
 from meme_dist.ratio import Contrast, LogRatio, untrained
-from meme_dist.reweighted import Langevin, Resample, Reweighted, posterior_draws
+from meme_dist.reweight_command import told
+from meme_dist.reweighted import Langevin, Resample, Reweighted, normalised, posterior_draws
 from meme_dist.stored import Stored, load
 from meme_dist.stored_ratio import fit_stored, load_ratio
+from meme_dist.tables import tables
+from meme_dist.train import checkpoint as checkpoints
 from tests.test_cli import FIELDS, rows
 from tests.test_reweighted import shaken
 from tests.trainings import SHARDED, build, shards
@@ -41,6 +47,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         assert main(["train", "auto", "--shards", str(folder / "shards"), *TINY, "--run", "first", "--no-evaluate"]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_draws_for_z(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_ratio, "normalised", partial(normalised, budget=5000))
 
 
 @pytest.fixture
@@ -141,7 +152,8 @@ def test_what_was_saved_is_what_is_loaded(stored: Stored) -> None:
     z, noise = torch.randn(1, 5, 3), Noise(0, torch.arange(5))
     assert torch.equal(load_ratio(stored, "last").prior().log_prob(z), again.prior().log_prob(z))
     assert torch.equal(load_ratio(stored, "last").prior().sample(noise, "x", 1), again.prior().sample(noise, "x", 1))
-    assert isinstance(load_ratio(stored, "last", langevin=True).sampler, Langevin)
+    assert load_ratio(stored, "last", langevin=True).sampler == Langevin(proposals=50)  # chains start at draws as good as those of the run
+    assert again.pooled == about["normaliser"]["pooled"]
     assert not any(parameter.requires_grad for parameter in again.log_ratio.parameters())
 
 
@@ -158,6 +170,34 @@ def test_a_ratio_of_other_weights_is_refused_and_so_is_one_that_was_altered(stor
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
     with pytest.raises(ValueError, match="altered"):
         load_ratio(stored, "last")
+
+
+def test_a_ratio_whose_normaliser_came_without_an_error_is_to_be_fitted_again(stored: Stored) -> None:
+    fit_stored(stored, "last", CONTRAST, Resample(50), rows=100, draws=8)
+    place = stored.folder / "ratio/last"
+    found = checkpoints.read(place, only=[stored_ratio.STEM])
+    del found.state["normaliser"]["pooled"]
+    checkpoints.write(place, found)
+    with pytest.raises(ValueError, match="fitted by an earlier version, whose log Z came without its error; again: meme-dist reweight"):
+        load_ratio(stored, "last")
+
+
+@pytest.mark.parametrize("pooled", [7.0, 7000.0])
+def test_a_log_z_of_few_effective_draws_is_told_with_the_gain_and_with_likelihoods(
+    home: Path, pooled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normaliser = {"log_z": 1.0, "error": 0.2, "pooled": pooled, "spread": 1.0, "effective": 20.0, "proposals": 1000}
+    said = told("first", "last", {"gain": {"value": 2.0, "error": 0.2}, "normaliser": normaliser})
+    asked: list[dict] = []
+    found = SimpleNamespace(objective=Reweighted(build(SHARDED), LogRatio(), 1.0, Resample(), pooled=pooled))
+    monkeypatch.setattr(assess, "assess_stored", lambda *_, how, **__: asked.append(how))
+    monkeypatch.setattr(run_commands, "find", lambda *_, **__: found)
+    monkeypatch.setattr(run_commands, "_with_prior", lambda stored, *_: stored)
+    monkeypatch.setattr(stores, "on_split", lambda stored, *_: stored)
+    assert main(["evaluate", "first", "--prior", "reweighted"]) == 0
+    entries = {"log_likelihood": [{"targets": ["a"], "given": [], "samples": 1, "value": 1.0, "low": 0.0, "high": 2.0, "count": 9}]}
+    for text in (said, str(asked), tables(entries | asked[0])):
+        assert ("upper guesses: log Z rests on 7 effective draws" in text) == (pooled == 7)
 
 
 def test_the_command_line_reweights_generates_and_evaluates(

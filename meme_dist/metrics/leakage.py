@@ -6,19 +6,20 @@
     shift     mean distance that an edit moves what it should leave alone: how pure the block is
 
 An adversary in the training is always fooled: the probe here is trained afterwards, on samples of a model that no longer moves. An accuracy
-means something beside the base rate only, that of always guessing the commonest value among the training rows.
+means something beside the base rate only, that of always guessing the commonest value among the test rows. Below it nothing was read: where
+a probe finds nothing it guesses the commonest value among the training rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from meme_dist.metrics.intervals import Estimate, mean, proportion
 from meme_dist.metrics.latents import collect
-from meme_dist.metrics.probes import descend, shuffled
+from meme_dist.metrics.perceptrons import fit_perceptron
 from meme_dist.metrics.rows import add_up, device_of, evaluating, noise_of, on_device, share, with_square
 from meme_dist.modalities.attribute import Attribute
 from meme_dist.objectives.csvae import CSVAE
@@ -31,7 +32,6 @@ Rest = Callable[[Shaped[Tensor, "R *event"]], Float[Tensor, "R E"]]
 """What an edit of an attribute should leave alone."""
 
 FREE = "free"  # the latents that are no attribute's
-HIDDEN = 64
 
 
 class Leakage(NamedTuple):
@@ -39,48 +39,6 @@ class Leakage(NamedTuple):
 
     accuracy: Mapping[tuple[str, str], Estimate]
     base: Mapping[str, Estimate]
-
-
-def fit_perceptron(
-    z: Float[Tensor, "R D"],
-    label: Int[Tensor, " R"],
-    classes: int,
-    *,
-    epochs: int = 40,
-    learning_rate: float = 5e-3,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> nn.Module:
-    """A perceptron with two hidden layers of 64 on standardised inputs, its rate falling to zero. A pure function of its arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    middle, spread = z.mean(0), z.std(0, correction=0).clamp(min=1e-6)
-    widths = [z.shape[1], HIDDEN, HIDDEN, classes]
-    linear = [_linear(a, b, generator) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-    probe = nn.Sequential(_Standardised(middle, spread), linear[0], nn.SiLU(), linear[1], nn.SiLU(), linear[2])
-    optimizer = torch.optim.Adam(probe.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(z) // batch_size))
-    for chosen in shuffled(len(z), epochs, batch_size, generator):
-        descend(probe, optimizer, z[chosen], label[chosen])
-        schedule.step()
-    return probe.requires_grad_(False)
-
-
-class _Standardised(nn.Module):
-    def __init__(self, middle: Tensor, spread: Tensor):
-        super().__init__()
-        self.middle, self.spread = middle, spread
-
-    def forward(self, z: Tensor) -> Tensor:
-        return (z - self.middle) / self.spread
-
-
-def _linear(a: int, b: int, generator: torch.Generator) -> nn.Linear:
-    """A layer whose start is not taken from the global generator."""
-    layer = nn.Linear(a, b, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(b, a, generator=generator) / a**0.5)
-        layer.bias.zero_()
-    return layer
 
 
 def parts_of(objective: CSVAE) -> dict[str, slice]:
@@ -99,20 +57,32 @@ def leakage(
 ) -> Leakage:
     """Every attribute probed from every part of the latents: samples of q(z, w | x) of the first `rows` rows of either split.
 
-    Rows that lack one of the x, or the label, count nowhere. Batches number their rows, as `Evaluation`'s do; `reduce` is the sum over
-    ranks.
+    Rows that lack one of the x, or the label, count nowhere: where none is left to train or to test on, the count is 0. Batches number
+    their rows, as `Evaluation`'s do; `reduce` is the sum over ranks.
     """
     learnt, asked = (_table(objective, batches, rows, reduce) for batches in (train, test))
     accuracy, base = {}, {}
     for name, known in learnt.labels.items():
         mine, theirs = known >= 0, asked.labels[name] >= 0
         truth, values = asked.labels[name][theirs], objective.attribute(name).values
-        commonest = known[mine].bincount(minlength=values).argmax()
-        base[name] = proportion(share(truth == commonest))
+        base[name] = proportion(_commonest(truth))
         for part, place in parts_of(objective).items():
-            probe = fit_perceptron(learnt.sample[mine][:, place], known[mine], values, seed=seed)
-            accuracy[name, part] = proportion(share(probe(asked.sample[theirs][:, place]).argmax(-1) == truth))
+            z, asking = learnt.sample[mine][:, place], asked.sample[theirs][:, place]
+            accuracy[name, part] = proportion(_hits(z, known[mine], asking, truth, values, seed))
     return Leakage(accuracy, base)
+
+
+def _commonest(label: Int[Tensor, " R"]) -> Sums:
+    """The commonest value's rows."""
+    most = label.bincount(minlength=1).max().double()
+    return Sums(most, torch.full_like(most, len(label)))
+
+
+def _hits(z: Tensor, label: Tensor, asked: Tensor, truth: Tensor, values: int, seed: int) -> Sums:
+    """The rows asked that a probe fitted to the others gets right; none count where there are no others."""
+    if not len(label):
+        return share(truth[:0] == 0)
+    return share(fit_perceptron(z, label, values, seed=seed)(asked).argmax(-1) == truth)
 
 
 class _Table(NamedTuple):
@@ -121,16 +91,19 @@ class _Table(NamedTuple):
 
 
 def _table(objective: CSVAE, batches: Iterable[Batch], rows: int, reduce: Callable[[Tensor], Tensor]) -> _Table:
-    names = tuple(objective.observed)
-    found = collect(objective, batches, rows=rows, sources=[names], reduce=reduce).posteriors[names]
-    device = device_of(objective)
+    names, device = tuple(objective.observed), device_of(objective)
     labels = {name: torch.zeros(rows, dtype=torch.int64, device=device) for name in objective.attributes}
-    for batch in batches:
-        batch = on_device(batch, device)
-        for name, label in labels.items():
-            value = value_of(objective.attribute(name), batch.dense(name))
-            there = batch.observed[:, list(batch.modalities).index(name)] & (batch.draw < rows) & (value >= 0)
-            label[batch.draw[there]] = value[there] + 1
+
+    def noted() -> Iterator[Batch]:  # `batches` may be a generator, which comes once
+        for batch in batches:
+            batch = on_device(batch, device)
+            for name, label in labels.items():
+                value = value_of(objective.attribute(name), batch.dense(name))
+                there = batch.observed[:, list(batch.modalities).index(name)] & (batch.draw < rows) & (value >= 0)
+                label[batch.draw[there]] = value[there] + 1
+            yield batch
+
+    found = collect(objective, noted(), rows=rows, sources=[names], reduce=reduce).posteriors[names]
     told = {name: torch.where(found.observed, reduce(label).cpu() - 1, -1) for name, label in labels.items()}
     return _Table(found.sample, told)
 
@@ -149,7 +122,10 @@ def edits(objective: CSVAE, batch: Batch, target: str, rules: Mapping[str, Rule]
 
     Latents are a draw of q(z, w | x) of each row that holds the target and the edited label; the other value is the next one. Judged by
     `rules` beside the row's own reconstruction; `rest` gives what should stay where it is. A metric: its sums add up over batches.
+    Raises ValueError where an attribute has no rule.
     """
+    if unruled := [name for name in objective.attributes if name not in rules]:
+        raise ValueError(f"edits: expected a rule for each attribute, got none for {', '.join(unruled)}; give what tells it from {target}")
     batch = on_device(batch, device_of(objective))
     found: dict[str, Sums] = {}
     with evaluating(objective):

@@ -64,17 +64,31 @@ def hsic(
 
     Rows are compared within their block alone, so that the sum over rows does not depend on how blocks are shared out between ranks and
     micro batches, as long as these are cut between blocks. z has the mean of three Gaussian kernels of bandwidth^2 Z / 4, Z and 4 Z (under
-    N(0, I) the mean squared distance is 2 Z), labels (one-hot, or beliefs) have y . y'.
+    N(0, I) the mean squared distance is 2 Z), labels (one-hot, or beliefs) have y . y'. Time and memory grow with the rows times those of
+    the largest block.
     """
-    same = (block[:, None] == block[None]) & counted[:, None] & counted[None]
-    pairs = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    apart = (z[:, None] - z[None]).square().sum(-1) / (2 * z.shape[-1])
+    table, place = _by_block(block)
+    there, table = (table >= 0) & counted[table], table.clamp(min=0)
+    z, y = z[table], y[table]
+    pairs = there[:, :, None] & there[:, None] & ~torch.eye(table.shape[1], dtype=torch.bool, device=z.device)
+    apart = (z[:, :, None] - z[:, None]).square().sum(-1) / (2 * z.shape[-1])
     kernel = torch.stack([torch.exp(-apart * factor) for factor in (4.0, 1.0, 0.25)]).mean(0)
-    near, alike = torch.where(pairs, kernel, 0.0), torch.where(pairs, (y[:, None] * y).sum(-1), 0.0)
-    n = same.sum(1).to(z.dtype)
+    near, alike = torch.where(pairs, kernel, 0.0), torch.where(pairs, (y[:, :, None] * y[:, None]).sum(-1), 0.0)
+    n = there.sum(1, keepdim=True).to(z.dtype)
     enough = n >= FEWEST
     n = torch.where(enough, n, FEWEST)
-    of_row = near.sum(1), alike.sum(1)
-    of_block = (same * of_row[0]).sum(1) * (same * of_row[1]).sum(1)  # sums, not products of matrices, which autocast would round
-    share = (near * alike).sum(1) + of_block / (n * (n - 1) * (n - 2)) - 2 / (n - 2) * of_row[0] * of_row[1]
-    return torch.where(enough & counted, share / (n - 3), 0.0)
+    of_row = near.sum(-1), alike.sum(-1)  # sums, not products of matrices, which autocast would round
+    of_block = of_row[0].sum(1, keepdim=True) * of_row[1].sum(1, keepdim=True)
+    share = (near * alike).sum(-1) + of_block / (n * (n - 1) * (n - 2)) - 2 / (n - 2) * of_row[0] * of_row[1]
+    return torch.where(enough & there, share / (n - 3), 0.0).flatten()[place]
+
+
+def _by_block(block: Int[Tensor, " B"]) -> tuple[Int[Tensor, "N M"], Int[Tensor, " B"]]:
+    """The rows of each of N blocks, M at most, filled up with -1; and where in that table, read line by line, each row is."""
+    _, group, rows = block.unique(return_inverse=True, return_counts=True)
+    number, order, size = torch.arange(len(block), device=block.device), group.argsort(stable=True), int(rows.max())
+    place = torch.empty_like(group)
+    place[order] = group[order] * size + number - (rows.cumsum(0) - rows)[group[order]]
+    table = group.new_full((len(rows), size), -1)
+    table.view(-1)[place] = number
+    return table, place

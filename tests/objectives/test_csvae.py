@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meme_dist.likelihoods import Normal
 from meme_dist.modalities.attribute import Attribute, _apart
@@ -234,6 +235,27 @@ def test_hsic_equals_its_transcription_block_by_block_over_the_rows_that_count()
     assert (found[~counted] == 0).all() and (found[block == 9] == 0).all()  # too few to say anything
     order = torch.randperm(40)
     torch.testing.assert_close(hsic(z[order], y[order], block[order], counted[order]), found[order], rtol=1e-9, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that was made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor))])
+        return made
+
+
+def test_hsic_takes_memory_that_is_linear_in_the_rows() -> None:
+    sizes = []
+    for rows in (128, 512):
+        z, y = torch.randn(rows, 3), torch.eye(2)[torch.randint(2, (rows,))]
+        with Largest() as made:
+            hsic(z, y, torch.arange(rows) // 64, torch.ones(rows).bool())
+        sizes.append(made.size)
+    assert sizes[1] <= 4 * sizes[0]
 
 
 def test_hsic_is_as_exact_under_autocast() -> None:
