@@ -35,7 +35,7 @@ def main(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     repeats: int = 20,
     threads: int = 1,
-    compile_on_cpu: bool = False,
+    compiled: bool = False,
     limit: float = float("inf"),
     save: bool = True,
 ) -> None:
@@ -47,8 +47,8 @@ def main(
         device: Where; `auto` is CUDA where there is one.
         repeats: How often each call is timed, in turn; long calls less often.
         threads: CPU threads.
-        compile_on_cpu: Time torch.compile of the references on a CPU too (minutes; on CUDA it always is).
-        limit: Seconds after which no further case is begun.
+        compiled: Time torch.compile of the references too; it compiles for seconds at each case and pass, for minutes in all.
+        limit: Seconds after which nothing more is begun; what was measured is kept.
         save: Append to benchmarks/results/kernels.jsonl, and write the table and the plots anew.
     """
     torch.set_num_threads(threads)
@@ -60,14 +60,18 @@ def main(
         fail_before_the_kernel_kills()
     deadline, ceiling = time.monotonic() + limit, copy_bandwidth(where)
     print(f"copy bandwidth of {where}: {ceiling:.1f} GB/s, read and written")
-    gates = [Gate(chosen, providers(chosen, where, compiled=compile_on_cpu or where.type == "cuda")) for chosen in _chosen(op)]
+    gates = [Gate(chosen, providers(chosen, where, compiled=compiled)) for chosen in _chosen(op)]
     good = [gate for gate in gates if gate.small(where)]
     for size, gate in product(sizes, good):  # sizes outside: when the time is up, every op has its first one
-        rows = [_priced(row, ceiling) for row in _rows(gate, size, where, repeats, deadline)]
-        if rows and not gate.faults:
-            tables.show(rows)
-            if save:
-                keep("kernels", rows, device=where, threads=threads)
+        rows: list[Row] = []
+        try:
+            for row in _rows(gate, size, where, repeats, deadline):
+                rows.append(_priced(row, ceiling))
+        finally:  # an interruption loses nothing that was measured
+            if rows and not gate.faults:
+                tables.show(rows)
+                if save:
+                    keep("kernels", rows, device=where, threads=threads)
     if save:
         print(f"\nkept in {tables.write()} and {plots.write()}")
     if where.type == "cpu":
@@ -94,7 +98,7 @@ def _rows(gate: Gate, size: Size, device: torch.device, repeats: int, deadline: 
                 continue
             about = {"op": op.name, "size": size, "case": case.label, "mode": mode}
             cost = _cost(op, case, mode)
-            for row in _measured(able, case, mode, device, repeats):
+            for row in _measured(able, case, mode, device, repeats, deadline):
                 first = gate.first[row["provider"], case.label]
                 yield about | row | {"bytes": cost.read + cost.written, "flops": cost.flops, "first_s": first}
 
@@ -105,12 +109,12 @@ def _modes(case: Case, size: Size) -> tuple[Mode, ...]:
     return ("both",) if size == "sweep" else MODES
 
 
-def _measured(functions: Functions, case: Case, mode: Mode, device: torch.device, repeats: int) -> Iterator[Row]:
+def _measured(functions: Functions, case: Case, mode: Mode, device: torch.device, repeats: int, deadline: float) -> Iterator[Row]:
     what = f"{case.label}, {mode}"
-    calls = _able(functions, what, lambda name, function: _call(name, function, case, mode))
-    peaks = _able(calls, what, lambda _, call: peak_bytes(call, device))
+    calls = _able(functions, what, deadline, lambda name, function: _call(name, function, case, mode))
+    peaks = _able(calls, what, deadline, lambda _, call: peak_bytes(call, device))
     found = times({name: calls[name] for name in peaks}, device, repeats)
-    alone = _device_times(found, functions, case, mode, repeats)
+    alone = _device_times(found, functions, case, mode, repeats, deadline)
     for name, x in found.items():
         # A graph took its memory when it was captured: its replay's peak says nothing.
         row = {"provider": name, **_figures(x), "peak_bytes": None if name == GRAPH else peaks[name]}
@@ -121,10 +125,13 @@ def _call(name: str, function: Callable[..., Any], case: Case, mode: Mode) -> Ca
     return captured([lambda: prepare(function, case, mode)]) if name == GRAPH else prepare(function, case, mode)
 
 
-def _able(of: dict[str, T], what: str, make: Callable[[str, T], Any]) -> dict[str, Any]:
-    """What is made of each, but for those that there is too little memory for, or that cannot be captured: they are named."""
+def _able(of: dict[str, T], what: str, deadline: float, make: Callable[[str, T], Any]) -> dict[str, Any]:
+    """What is made of each, but for those that there is too little memory or time for, or that cannot be captured: they are named."""
     made = {}
     for name in list(of):
+        if time.monotonic() > deadline:
+            print(f"{what}, {name}: left out, the time is up", file=sys.stderr)
+            continue
         try:
             made[name] = make(name, of[name])
         except RuntimeError as error:
@@ -132,13 +139,14 @@ def _able(of: dict[str, T], what: str, make: Callable[[str, T], Any]) -> dict[st
     return made
 
 
-def _device_times(found: dict[str, Times], functions: Functions, case: Case, mode: Mode, repeats: int) -> dict[str, float]:
+def _device_times(found: dict[str, Times], functions: Functions, case: Case, mode: Mode, repeats: int, deadline: float) -> dict[str, float]:
     """Time without gaps of all short calls, where one of them is very short or spends its time on the host; nothing on a CPU."""
     own = {name: x for name, x in found.items() if name != GRAPH and x.host is not None}
     if not any(x.p50 < SHORT or (x.host or 0) > 500 * x.p50 for x in own.values()):
         return {}
     short = {name: functions[name] for name, x in own.items() if x.p50 < 10 * SHORT}
-    return _able(short, f"{case.label}, {mode}, in a graph of many calls", lambda _, function: _without_gaps(function, case, mode, repeats))
+    what = f"{case.label}, {mode}, in a graph of many calls"
+    return _able(short, what, deadline, lambda _, function: _without_gaps(function, case, mode, repeats))
 
 
 def _without_gaps(function: Callable[..., Any], case: Case, mode: Mode, repeats: int) -> float:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ["accelerate", "matplotlib", "rich", "safetensors", "sklearn", "tyro", "webdataset"]
-MATHS = ["tests/gpu", "tests/objectives", "tests/test_distributions.py", "tests/test_noise.py"]
+TESTING = ["jaxtyping", "pytest", "scipy"]
+MATHS = ["tests/objectives", "tests/test_distributions.py", "tests/test_noise.py"]
 # Seconds of each part: their sum stays under the nine minutes.
 LIMITS = {"kernel tests": 130, "kernels": 210, "step": 35, "stream": 30, "training": 40, "engines": 40, "tests": 45}
 STOPPING = 10  # more seconds for a part that was told to stop: pytest still says what failed
@@ -64,18 +65,29 @@ def carry_out() -> None:
         shutil.make_archive(str(Path(os.environ["OUT"]) / "results"), "gztar", results)
 
 
-def tests(title: str, names: list[str]) -> bool:
-    """Tests that run on the GPU, or that prove the mathematics on this interpreter's versions; several at a time where pytest can."""
-    if absent := missing("pytest", "jaxtyping", "hypothesis"):
+def tests(title: str, names: list[str], *, needs: list[str] = TESTING) -> bool:
+    """Tests that run on the GPU, or that prove the mathematics on this interpreter's versions."""
+    if absent := missing(*needs):
         return skip(title, f"this interpreter has no {', '.join(absent)}")
     if not (found := [name for name in names if (ROOT / name).exists()]):
         return skip(title, f"the tree has no {', '.join(names)}")
-    spread = [] if missing("xdist") else ["-n", "8", "--dist", "worksteal"]
-    return run(title, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *found)
+    return run(title, *pytest_on(found))
 
 
-def benchmark(title: str, keywords: str = "") -> bool:
+def pytest_on(names: list[str]) -> list[str]:
+    """The words after the interpreter: several tests at a time where pytest can, each worker compiling kernels on a core of its own."""
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    words += ["-W", "ignore::pytest.PytestConfigWarning"]  # `timeout` in pyproject.toml is an unknown option without pytest-timeout
+    words += ["--ignore=tests/kernels/test_resources.py"]  # it compiles for other GPUs, and needs none
+    if not missing("xdist"):
+        words += ["-n", str(min(os.cpu_count() or 8, 16)), "--dist", "worksteal"]
+    return [*words, *names]
+
+
+def benchmark(title: str, keywords: str = "", *, needs: list[str] | None = None) -> bool:
     """One benchmark; the module itself, since the command line needs tyro."""
+    if absent := missing(*(needs or [])):
+        return skip(title, f"this interpreter has no {', '.join(absent)}")
     if not (ROOT / "benchmarks" / f"{title}.py").is_file():
         return skip(title, f"the tree has no benchmarks/{title}.py")
     return run(title, "-c", f"from benchmarks.{title} import main; main({keywords})")
@@ -117,16 +129,16 @@ def main() -> int:
         skip("everything", f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
         return 0
     print(f"== {torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
-    # No further case is begun some time before the limit, so that the last one ends and the table and the plots are written.
-    kernels = f"sizes=('large', 'paper', 'small', 'sweep'), limit={LIMITS['kernels'] - 40}"
+    # Nothing is begun some time before the limit, so that what runs then ends and the table and the plots are written.
+    kernels = f"sizes=('paper', 'large', 'small', 'sweep'), limit={LIMITS['kernels'] - 40}"
     parts = [
         tests("kernel tests", ["tests/kernels"]),
         benchmark("kernels", kernels),
-        benchmark("step", "ranks=()" if missing(*TRAINING) else "ranks=(1,)"),
-        benchmark("stream"),
+        benchmark("step", "ranks=()" if missing(*TRAINING) else "ranks=(1,)", needs=["jaxtyping"]),
+        benchmark("stream", needs=["PIL", "jaxtyping", "webdataset", "yaml"]),
         training(),
         engines(),
-        tests("tests", MATHS),
+        tests("tests", MATHS, needs=[*TESTING, *TRAINING]),
     ]
     return 0 if all(parts) else 1
 

@@ -1,6 +1,9 @@
 """The benchmarks say what is true: they time only what is right, count every byte, and show the newest figures."""
 
 import json
+import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -13,6 +16,7 @@ from benchmarks.gate import Gate
 from benchmarks.providers import MODES, copied, ops, prepare
 from benchmarks.timing import peak_bytes, rounds, times
 from launch import gpu
+from meme_dist.data.index import Manifest
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.keywords import defaults, flatten
 from meme_dist.record import Record, check_unchanged, create, load
@@ -129,6 +133,33 @@ def test_calls_are_taken_in_turn():
     assert "".join(order) == "ab" + "ababab"
 
 
+def test_nothing_is_begun_when_the_time_is_up(capsys):
+    begun = []
+
+    def make(name: str, _: int) -> int:
+        begun.append(name)
+        time.sleep(0.02)
+        return 1
+
+    assert kernels._able({"a": 0, "b": 0}, "case", time.monotonic() + 0.01, make) == {"a": 1}
+    assert begun == ["a"] and "case, b: left out, the time is up" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path):
+    def measured(*words: object):
+        yield {"provider": "naive", "ms": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(kernels, "fail_before_the_kernel_kills", lambda: None)
+    monkeypatch.setattr(kernels, "_measured", measured)
+    monkeypatch.setattr(tables, "show", lambda rows: None)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main(op=("pairwise_w2",), sizes=("small",), device="cpu", repeats=1)
+    assert [json.loads(line)["ms"] for line in (tmp_path / "kernels.jsonl").read_text().splitlines()] == [1.0]
+
+
 # ---- ops --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +181,21 @@ def test_a_call_costs_at_least_its_inputs_and_outputs(name):
         outputs = OPS[name].reference(*case.arguments, **case.settings)
         written = sum(y.nbytes for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(y, Tensor))
         assert cost.written >= 0.9 * written, case.label
+
+
+@pytest.mark.parametrize("name", ["log_likelihood", "mixture_log_prob"])
+def test_a_reference_goes_through_a_large_case_in_some_hundred_blocks_at_most(name, monkeypatch):
+    """Elsewhere than on a CPU, where a block of one row is a dozen launches for little work. Only the first block is computed here."""
+    blocks, split = [0], Tensor.split
+
+    def first(x: Tensor, *words: int) -> tuple[Tensor, ...]:
+        blocks.append(len(split(x, *words)))
+        return split(x, *words)[:1]
+
+    monkeypatch.setattr(Tensor, "split", first)
+    for case in OPS[name].cases("large", torch.device("meta"), torch.float32):
+        OPS[name].reference(*case.arguments, **case.settings)
+    assert max(blocks) <= 1000
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -218,7 +264,7 @@ def test_a_model_has_made_all_of_its_steps_before_it_is_judged(monkeypatch, tmp_
         return True
 
     if there is not None:
-        create(place, Record("planted", flatten(given), "shards"))
+        create(place, Record("planted", flatten(given), "shards"), Manifest("shards", "planted", {}, (), {}, 0, {}))
         if there >= 0:
             reach(there)
     monkeypatch.setattr(contrastive.run, "train", train)
@@ -231,6 +277,15 @@ def test_a_model_whose_training_was_told_to_stop_is_not_judged(monkeypatch, tmp_
     monkeypatch.setattr(contrastive.run, "train", lambda *words, console: False)
     with pytest.raises(RuntimeError, match="stopped at step -1 of 1000; start the benchmark again"):
         contrastive.trained(tmp_path / "run", {"training": Training(steps=1000)}, data=tmp_path)
+
+
+def test_a_bound_that_is_finite_beats_an_unbounded_fit_that_is_not():
+    level = {"part": "known", "size": 6, "scale": 0.2, "train": 500}
+    rows = [level | {"variant": "B = inf", "gain": math.nan, "effective": math.nan}]
+    rows += [level | {"variant": "B = 5", "gain": 1.0, "effective": 9.0}]
+    assert contrastive.verdicts(rows) == {(6, 0.2, 500): ["5"]}
+    rows[0] |= {"gain": 2.0, "effective": 1.0}
+    assert contrastive.verdicts(rows) == {(6, 0.2, 500): []}
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------------------------
@@ -277,6 +332,31 @@ def test_registers_are_the_most_of_any_float32_kernel_of_the_op_on_that_target(m
 
 def test_the_parts_of_make_gpu_end_within_nine_minutes():
     assert sum(gpu.LIMITS.values()) <= 9 * 60 - gpu.STOPPING
+
+
+def test_the_tests_of_make_gpu_start_without_the_plugins_that_a_machine_may_lack(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "missing", lambda *names: list(names))
+    (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
+    command = [
+        sys.executable,
+        *gpu.pytest_on([str(tmp_path / "test_one.py")]),
+        "-c",
+        "pyproject.toml",
+        "-p",
+        "no:timeout",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("absent", ["pytest", "scipy", "jaxtyping"])
+def test_a_part_whose_packages_are_missing_is_skipped_and_says_which(monkeypatch, capsys, absent):
+    monkeypatch.setattr(gpu, "missing", lambda *names: [name for name in names if name == absent])
+    monkeypatch.setattr(gpu, "run", lambda *words, **more: pytest.fail(f"ran {words}"))
+    assert gpu.tests("kernel tests", ["tests/kernels"])
+    assert f"kernel tests: skipped, this interpreter has no {absent}" in capsys.readouterr().out
 
 
 def test_a_part_that_does_not_end_is_stopped_and_fails(monkeypatch, capsys):

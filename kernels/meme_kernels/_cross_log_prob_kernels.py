@@ -22,7 +22,7 @@ def _places(B, D, PARTS, BN: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr):
 @jit
 def _parameters(mean_ptr, scale_ptr, observed_ptr, n, b, d, N, B, D, ACC: tl.constexpr):
     """Observed [BN, BB]; mean and scale [BN, BB, BD], 0 and 1 wherever nothing is: absent entries are never read."""
-    pair = n[:, None] * B + b[None, :]
+    pair = n.to(tl.int64)[:, None] * B + b[None, :]
     there = tl.load(observed_ptr + pair, mask=(n < N)[:, None] & (b < B)[None, :], other=0).to(tl.int32) != 0
     at = pair[:, :, None] * D + d[None, None, :]
     held = there[:, :, None] & (d < D)[None, None, :]

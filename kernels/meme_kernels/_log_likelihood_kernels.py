@@ -13,6 +13,18 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @jit
+def _data(x_ptr, row_ptr, p, e, there, inside, X, E, HAS_ROW: tl.constexpr, ACC: tl.constexpr):
+    """x [BP, BE] of these packed rows; NaN for a row number that names none of the X rows, which is not read."""
+    if HAS_ROW:
+        row = tl.load(row_ptr + p, mask=there, other=0)
+        exists = ((row >= 0) & (row < X))[:, None]
+        x = tl.load(x_ptr + row[:, None] * E + e[None, :], mask=inside & exists, other=0).to(ACC)
+        return tl.where(exists, x, float("nan"))
+    else:
+        return tl.load(x_ptr + p[:, None] * E + e[None, :], mask=inside, other=0).to(ACC)
+
+
+@jit
 def _factors(x, s, FAMILY: tl.constexpr):
     """Two factors that spare a division for each k; x stands for those that a family does not need."""
     if FAMILY == "normal" or FAMILY == "laplace":
@@ -117,7 +129,7 @@ def _constant_slopes(x, s, a, FAMILY: tl.constexpr, WANT_EXTRA: tl.constexpr, WA
 
 @jit
 def forward_kernel(
-    x_ptr, parameter_ptr, extra_ptr, row_ptr, out_ptr, K, P, E, step, depth,
+    x_ptr, parameter_ptr, extra_ptr, row_ptr, out_ptr, X, K, P, E, step, depth,
     FAMILY: tl.constexpr, EXTRA: tl.constexpr, HAS_ROW: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out [tiles of E, K, P]: the sum over one tile of the event. step = P E, from one k to the next."""
@@ -133,8 +145,7 @@ def forward_kernel(
         p = ((program // tiles) * depth + i) * BP + tl.arange(0, BP)
         there = p < P
         inside = there[:, None] & (e < E)[None, :]
-        rows = tl.load(row_ptr + p, mask=there, other=0) if HAS_ROW else p
-        x = tl.load(x_ptr + rows[:, None] * E + e[None, :], mask=inside, other=0).to(ACC)
+        x = _data(x_ptr, row_ptr, p, e, there, inside, X, E, HAS_ROW, ACC)
         base = tl.zeros((BP,), ACC)
         if EXTRA == "none":
             s = x
@@ -158,7 +169,7 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    g_ptr, x_ptr, parameter_ptr, extra_ptr, row_ptr, d_parameter_ptr, d_extra_ptr, d_x_ptr, K, P, E, step, depth,
+    g_ptr, x_ptr, parameter_ptr, extra_ptr, row_ptr, d_parameter_ptr, d_extra_ptr, d_x_ptr, X, K, P, E, step, depth,
     FAMILY: tl.constexpr, EXTRA: tl.constexpr, HAS_ROW: tl.constexpr, WANT_EXTRA: tl.constexpr, WANT_X: tl.constexpr,
     BP: tl.constexpr, BE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -176,8 +187,7 @@ def backward_kernel(
         p = ((program // tiles) * depth + i) * BP + tl.arange(0, BP)
         there = p < P
         inside = there[:, None] & (e < E)[None, :]
-        rows = tl.load(row_ptr + p, mask=there, other=0) if HAS_ROW else p
-        x = tl.load(x_ptr + rows[:, None] * E + e[None, :], mask=inside, other=0).to(ACC)
+        x = _data(x_ptr, row_ptr, p, e, there, inside, X, E, HAS_ROW, ACC)
         if EXTRA == "none":
             s = x
         if EXTRA != "full":

@@ -14,6 +14,7 @@ from meme_kernels._op import opaque, run, sums_dtype
 from meme_kernels._triton import jit, tl
 
 TILE = 512  # entries of a tile [K, rows]: 4 a thread with 4 warps
+TALLEST = 2048  # entries of a tile of many samples: 8 a thread with 8 warps; of twice as many the backward kernel spills
 
 
 class Tables(NamedTuple):
@@ -137,7 +138,7 @@ def _forward_kernel(
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(B, BB)
     i = program // blocks
     b = (program % blocks) * BB + tl.arange(0, BB)
-    K, B = K + i * 0, B + i * 0  # 64 bits from here on
+    K, B, a_j, q_j = K + i * 0, B + i * 0, a_j + i * 0, q_j + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
     here, others, t, share, log_sum, mixed, weight, own, ratio, closed, exact = _source(
         own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr,
@@ -176,7 +177,7 @@ def _backward_kernel(
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(B, BB)
     i = program // blocks
     b = (program % blocks) * BB + tl.arange(0, BB)
-    K, B = K + i * 0, B + i * 0  # 64 bits from here on
+    K, B, a_j, q_j = K + i * 0, B + i * 0, a_j + i * 0, q_j + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
     here, others, t, share, log_sum, mixed, weight, own, ratio, closed, exact = _source(
         own_ptr, cross_ptr, density_ptr, prior_ptr, alone_ptr, closed_ptr, observed_ptr, index_ptr,
@@ -228,13 +229,13 @@ def _draw_kernel(
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(B, BB)
     i = program // blocks
     b = (program % blocks) * BB + tl.arange(0, BB)
-    K, B = K + i * 0, B + i * 0  # 64 bits from here on
+    K, B, a_j = K + i * 0, B + i * 0, a_j + i * 0  # 64 bits from here on
     k, inside = tl.arange(0, KB).to(tl.int64), b < B
     _, _, t, _, _ = _targets(cross_ptr, cross_ptr, observed_ptr, i, k, b, inside, a_i, a_j, a_k, 0, 0, 0, K, K, B, N, False, ACC)
     share, log_sum = _softmax(t, k, K)
     edges = tl.cumsum(share, 0)
     uniform = tl.load(uniform_ptr + i * B + b, mask=inside, other=0.5).to(ACC)
-    threshold = uniform * tl.sum(share, 0)
+    threshold = uniform * tl.max(edges, 0)  # not the sum of the shares: rounded in another order it may exceed the last edge
     index = tl.sum(((threshold[None, :] > edges) & (k < K)[:, None]).to(tl.int64), 0)
     index = tl.minimum(index, K - 1)
     chosen = tl.sum(tl.where(k[:, None] == index[None, :], t, 0.0), 0)
@@ -248,7 +249,8 @@ def _draw_kernel(
 
 def _blocks(samples: int, rows: int) -> dict[str, Any]:
     tall = power_of_two(samples)
-    return {"KB": tall, "BB": min(max(TILE // tall, 16), max(power_of_two(rows), 16)), "num_warps": 4 if tall <= 64 else 8}
+    wide = min(max(TILE // tall, 16), max(TALLEST // tall, 1))
+    return {"KB": tall, "BB": min(wide, max(power_of_two(rows), 16)), "num_warps": 4 if tall <= 64 else 8}
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

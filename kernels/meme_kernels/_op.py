@@ -104,6 +104,19 @@ def sums_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def check_row(row: Tensor | None, rows: int, what: str) -> None:
+    """Raises ValueError for numbers that name none of so many rows, where looking at them does not stop a GPU or a compiler."""
+    if row is not None and row.numel() and row.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in row.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(f"{what}: row: expected numbers of the {rows} rows, from 0 to {rows - 1}, got {low} to {high}")
+
+
+def at_a_time(cached: int, device: torch.device) -> int:
+    """How many elements a reference works on at a time: on a CPU what a core's cache holds, elsewhere what keeps a device busy."""
+    return cached if device.type == "cpu" else 2**26
+
+
 # ---- what an op says of itself: for the tests and benchmarks, which find every module's OP -----------------------------------------------
 
 
@@ -123,11 +136,16 @@ class Cost(NamedTuple):
     flops: int
 
 
+def _no_workspace(*arguments: Any, **settings: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusedOp:
     """`call` is public and differentiable; `reference` the plain PyTorch specification with the same signature; `naive` the formula as
     it is commonly written, big tensors and all: the independent check and the baseline. `cases(size, device, dtype)` yields calls, `cost`
-    prices one: cost(*arguments, backward=False, **settings)."""
+    prices one: cost(*arguments, backward=False, **settings). `workspace(*arguments, **settings)` is what the kernels' passes hold at most,
+    in bytes, beyond twice what they read and write."""
 
     name: str
     call: Callable[..., Any]
@@ -135,6 +153,7 @@ class FusedOp:
     naive: Callable[..., Any]
     cases: Callable[[Size, torch.device, torch.dtype], Iterator[Case]]
     cost: Callable[..., Cost]
+    workspace: Callable[..., int] = _no_workspace
 
 
 def nbytes(*tensors: Tensor | None) -> int:

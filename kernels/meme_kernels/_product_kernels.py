@@ -174,9 +174,9 @@ def _backward_kernel(
         g_kl_at += kl_step
     out_at = split * N * plane + at
     for n in tl.static_range(N):
-        # an expert in no subset has gradients of exactly 0, whatever it holds
+        # an expert in no subset has gradients of exactly 0, whatever it holds; precision * sqrt(precision) alone may overflow
         g_mean = tl.where(grad_mean[n] == 0.0, 0.0, precision[n] * grad_mean[n])
-        g_scale = tl.where(grad_precision[n] == 0.0, 0.0, -2.0 * precision[n] * tl.sqrt(precision[n]) * grad_precision[n])
+        g_scale = tl.where(grad_precision[n] == 0.0, 0.0, -2.0 * precision[n] * (tl.sqrt(precision[n]) * grad_precision[n]))
         tl.store(out_mean_ptr + out_at, g_mean.to(out_mean_ptr.dtype.element_ty), mask=inside)
         tl.store(out_scale_ptr + out_at, g_scale.to(out_scale_ptr.dtype.element_ty), mask=inside)
         out_at += plane

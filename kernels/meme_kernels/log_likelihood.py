@@ -33,21 +33,35 @@ from torch.utils.checkpoint import checkpoint
 
 from meme_kernels._launch import block, cdiv
 from meme_kernels._log_likelihood_kernels import backward_kernel, forward_kernel
-from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, opaque, run, sums_dtype, through_reference, uses_triton
+from meme_kernels._op import (
+    Case,
+    Cost,
+    FusedOp,
+    Size,
+    at_a_time,
+    check_row,
+    nbytes,
+    opaque,
+    run,
+    sums_dtype,
+    through_reference,
+    uses_triton,
+)
 from meme_kernels._triton import tl
 
 Family = Literal["normal", "laplace", "bernoulli", "poisson", "negative_binomial"]
 COUNTS = ("poisson", "negative_binomial")
 WITHOUT_EXTRA = ("bernoulli", "poisson")
-CHUNK = 1 << 18  # elements of a parameter that the reference works on at a time: they stay in a CPU's cache
+CHUNK = 1 << 18  # elements of a parameter that the reference works on at a time on a CPU: they stay in its cache
 
 
 def log_likelihood(x: Tensor, parameter: Tensor, extra: Tensor | None = None, *, family: Family, row: Tensor | None = None) -> Tensor:
     """x [X, *event] of any number type, parameter [K, P, *event] -> [K, P], float32 (float64 where an input is).
 
     `extra` (> 0; none for bernoulli and poisson) holds one number, one for each element [*event], or one for each of the parameter's.
-    `row` int64 [P] says which row of x each packed row is; without it X = P. Raises ValueError for other shapes and families, and where x
-    requires a gradient together with `row` (its sum over repeated rows would have no fixed order).
+    `row` int64 [P] says which row of x each packed row is; without it X = P. Raises ValueError for other shapes and families, where x
+    requires a gradient together with `row` (its sum over repeated rows would have no fixed order), and on the CPU for a number in `row`
+    that names no row; on a GPU it gives NaN.
     """
     _check(x, parameter, extra, family, row)
     if not uses_triton(x, parameter, extra, row):
@@ -58,12 +72,14 @@ def log_likelihood(x: Tensor, parameter: Tensor, extra: Tensor | None = None, *,
 def reference(x: Tensor, parameter: Tensor, extra: Tensor | None = None, *, family: Family, row: Tensor | None = None) -> Tensor:
     """The specification, on any device and in any floating type; counts are summed in float64. Rows go in chunks, and a chunk keeps nothing
     for the backward pass but its inputs."""
+    check_row(row, len(x), "log_likelihood")
     x, parameter, extra = _flat(x, parameter, extra)
     k, _, e = parameter.shape
     score = partial(_sums, family=family, dtype=_sums_dtype(x, parameter, extra))
-    if torch.compiler.is_compiling() or parameter.numel() <= CHUNK:  # Inductor fuses the terms: nothing to keep small
+    chunk = at_a_time(CHUNK, parameter.device)
+    if torch.compiler.is_compiling() or parameter.numel() <= chunk:  # Inductor fuses the terms: nothing to keep small
         return score(x if row is None else x[row], parameter, extra)
-    rows, samples = max(CHUNK // (k * e), 1), max(CHUNK // e, 1)
+    rows, samples = max(chunk // (k * e), 1), max(chunk // e, 1)
     data = x.split(rows) if row is None else (x[r] for r in row.split(rows))
     blocks = []
     for x_, parameter_, extra_ in zip(data, parameter.split(rows, 1), _split(extra, rows, 1), strict=False):
@@ -163,7 +179,7 @@ class _Tiles(NamedTuple):
         elements = 128 if family == "negative_binomial" else 256 if each or family == "poisson" else 512
         event = block(e, most=4 * elements if e <= 4 * elements else elements)
         rows = block(p, most=max(elements // event, 1))
-        depth = min(cdiv(25, max(k, 1) * rows), cdiv(p, rows)) if each else 1
+        depth = max(min(cdiv(25, max(k, 1) * rows), cdiv(p, rows)), 1) if each else 1
         return cls(rows, event, depth, max(rows * event // elements, 1))
 
     def grid(self, parameter: Tensor) -> tuple[int, int]:
@@ -193,7 +209,7 @@ def _forward(x: Tensor, parameter: Tensor, extra: Tensor | None, row: Tensor | N
     tiles = _Tiles.of(parameter, extra, family)
     row_programs, event_programs = tiles.grid(parameter)
     parts = parameter.new_empty(event_programs, k, p, dtype=dtype)
-    sizes = (k, p, e, p * e, tiles.depth)
+    sizes = (len(x), k, p, e, p * e, tiles.depth)
     run(
         forward_kernel,
         (row_programs * event_programs,),
@@ -233,7 +249,7 @@ def _backward(
         parts = g.new_empty((row_programs * event_programs,) if extra.dim() == 0 else (row_programs, e))
     tensors = (g.contiguous(), x, parameter, extra, row, of_parameter, parts, of_x)
     settings = {"WANT_EXTRA": want_extra, "WANT_X": want_x, **_constants(tiles, extra, row, family, g.dtype)}
-    run(backward_kernel, (row_programs * event_programs,), *tensors, k, p, e, p * e, tiles.depth, **settings)
+    run(backward_kernel, (row_programs * event_programs,), *tensors, len(x), k, p, e, p * e, tiles.depth, **settings)
     return of_parameter, of_extra if parts is of_extra else parts.sum(0).to(of_extra.dtype), of_x
 
 
@@ -275,6 +291,7 @@ _SIZES: dict[Size, list[tuple[Family, int, int, int, tuple[int, ...], str, torch
         ("negative_binomial", 3, 2, 3, (4,), "scalar", torch.int32, False),
         ("normal", 0, 2, 0, (4,), "scalar", None, False),
         ("negative_binomial", 3, 0, 3, (4,), "element", torch.uint8, False),
+        ("negative_binomial", 0, 3, 0, (4,), "element", torch.uint8, False),
     ],
     "small": [
         ("laplace", 128, 11, 128, (784,), "scalar", None, False),

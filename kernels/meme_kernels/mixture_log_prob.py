@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 
 from meme_kernels import _mixture_log_prob_kernels as kernels
 from meme_kernels._launch import block, cdiv
-from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, opaque, run, sums_dtype, through_reference, uses_triton
+from meme_kernels._op import Case, Cost, FusedOp, Size, at_a_time, nbytes, opaque, run, sums_dtype, through_reference, uses_triton
 from meme_kernels._triton import tl
 
 Family = Literal["normal", "laplace"]
@@ -40,7 +40,7 @@ Family = Literal["normal", "laplace"]
 PROGRAMS = 528  # that fill a large GPU: four for each of 132 multiprocessors
 SHARES = 2**23  # held at once in the backward pass
 PATCH = 64  # rows or components in a tile of the gradient kernels, and the multiple that shares are padded to
-ELEMENTS = 2**18  # of [rows, M, D] at a time in the reference: a megabyte, what a core's cache holds
+ELEMENTS = 2**18  # of [rows, M, D] at a time in the reference on a CPU: a megabyte, what a core's cache holds
 
 
 def mixture_log_prob(z: Tensor, mean: Tensor, scale: Tensor, log_weight: Tensor | None = None, *, family: Family = "normal") -> Tensor:
@@ -95,7 +95,7 @@ def _check(z: Tensor, mean: Tensor, scale: Tensor, log_weight: Tensor | None, fa
 
 def _blocks(z: Tensor, mean: Tensor) -> int:
     """Rows at a time."""
-    return max(len(z), 1) if torch.compiler.is_compiling() else max(1, ELEMENTS // max(mean.numel(), 1))
+    return max(len(z), 1) if torch.compiler.is_compiling() else max(1, at_a_time(ELEMENTS, z.device) // max(mean.numel(), 1))
 
 
 def _parts(z: Tensor, mean: Tensor, scale: Tensor, log_weight: Tensor, laplace: bool) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ def _backward(
     """Gradients of z, mean, scale and log_weight; `need` says whether rows and whether components want theirs (else empty)."""
     of_z, of_mean, of_scale, of_weight = _fake_backward(g, z, mean, scale, log_weight, top, total, laplace, need)
     m, d = mean.shape
-    chunk = max(64, SHARES // m // 64 * 64)
+    chunk = _rows_of_shares(m)
     tile = _tile(min(chunk, len(z)), m)
     operands = _operands(mean, scale, log_weight, g.dtype, PATCH, laplace)
     patch = _Patch.across(d)
@@ -237,12 +237,18 @@ def _backward(
         if need[1]:
             sums = _component_sums(rows, centre, by_row, m, d, patch, laplace)
             first, second, mass = (x + y for x, y in zip((first, second, mass), sums, strict=True))
+        del by_row, by_component  # before the next ones are made
     if need[1]:
         inverse = scale.to(g.dtype).reciprocal()
         of_mean.copy_(first * inverse if laplace else first * inverse * inverse)
         of_scale.copy_(((second * inverse if laplace else second * inverse * inverse) - mass[:, None]) * inverse)
         of_weight.copy_(mass)
     return of_z, of_mean, of_scale, of_weight
+
+
+def _rows_of_shares(m: int) -> int:
+    """Rows whose shares are held at a time."""
+    return max(64, SHARES // m // 64 * 64)
 
 
 def _shares(
@@ -361,4 +367,14 @@ def _cost(
     return Cost(inputs + 3 * row, inputs, 13 * work) if backward else Cost(inputs, row, 4 * work)
 
 
-OP = FusedOp(name="mixture_log_prob", call=mixture_log_prob, reference=reference, naive=naive, cases=_cases, cost=_cost)
+def _workspace(z: Tensor, mean: Tensor, scale: Tensor, log_weight: Tensor | None = None, *, family: Family = "normal") -> int:
+    """The shares of some rows, both ways round, and the partial sums of both gradients."""
+    (m, d), rows = mean.shape, min(_rows_of_shares(len(mean)), len(z))
+    patch = _Patch.across(d)
+    partial_sums = 2 * patch.splits(m, d, rows)[0] * m * d + patch.splits(rows, d, m)[0] * rows * d
+    return (2 * rows * m + partial_sums) * sums_dtype(z, mean).itemsize
+
+
+OP = FusedOp(
+    name="mixture_log_prob", call=mixture_log_prob, reference=reference, naive=naive, cases=_cases, cost=_cost, workspace=_workspace
+)

@@ -194,4 +194,9 @@ def _cost(mean_a: Tensor, scale_a: Tensor, mean_b: Tensor, scale_b: Tensor, *, b
     return Cost(parameters + table, parameters, 8 * s * t * e) if backward else Cost(parameters, table, 3 * s * t * e)
 
 
-OP = FusedOp(name="pairwise_w2", call=pairwise_w2, reference=reference, naive=naive, cases=_cases, cost=_cost)
+def _workspace(mean_a: Tensor, scale_a: Tensor, mean_b: Tensor, scale_b: Tensor) -> int:
+    """The table's gradient turned round, for that of a."""
+    return len(mean_a) * len(mean_b) * sums_dtype(mean_a).itemsize
+
+
+OP = FusedOp(name="pairwise_w2", call=pairwise_w2, reference=reference, naive=naive, cases=_cases, cost=_cost, workspace=_workspace)

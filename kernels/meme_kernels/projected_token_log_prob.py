@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, opaque, sums_dtype, through_reference, uses_triton
+from meme_kernels._op import Case, Cost, FusedOp, Size, check_row, nbytes, opaque, sums_dtype, through_reference, uses_triton
 from meme_kernels.token_log_prob import at_positions, check_ids, check_rows, gradients, log_probs
 from meme_kernels.token_log_prob import naive as unprojected
 
@@ -35,11 +35,13 @@ def projected_token_log_prob(
 
     `padding` is the id that is skipped: nothing in `hidden` there reaches value or gradients. The packed row p has the tokens of row[p],
     row int64 [P]; without `row` those of p. `chunk` is the number of logits held at a time, at least one position's. Autocast changes
-    nothing here. Raises ValueError for other shapes and, on the CPU, for ids outside the vocabulary that are not padding.
+    nothing here. Raises ValueError for other shapes and, on the CPU, for ids outside the vocabulary that are not padding and for numbers in
+    `row` that name no row; on a GPU these give NaN.
     """
     _check(tokens, hidden, weight, bias, row)
-    ids = _ids(tokens, hidden, row)
+    ids = _ids(tokens, hidden, row, padding)
     if not uses_triton(tokens, hidden, weight, bias, row):
+        check_row(row, len(tokens), "projected_token_log_prob")
         check_ids(ids, padding, len(weight))
     values = _Projected.apply(ids.reshape(-1), hidden.flatten(0, -2), weight, bias, padding, max(chunk // max(len(weight), 1), 1))
     return values.view(ids.shape).sum(-1)
@@ -49,7 +51,8 @@ def reference(
     tokens: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: int, *, row: Tensor | None = None, chunk: int = _CHUNK
 ) -> Tensor:
     """The specification, on any device and in any floating type; chunks are checkpointed."""
-    ids = _ids(tokens, hidden, row)
+    check_row(row, len(tokens), "projected_token_log_prob")
+    ids = _ids(tokens, hidden, row, padding)
     values = _specification(ids.reshape(-1), hidden.flatten(0, -2), weight, bias, padding, max(chunk // max(len(weight), 1), 1))
     return values.view(ids.shape).sum(-1)
 
@@ -58,12 +61,16 @@ def naive(
     tokens: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: int, *, row: Tensor | None = None, chunk: int = _CHUNK
 ) -> Tensor:
     """As commonly written: all logits [K, P, T, V], then their table of log probabilities."""
-    kept = (_ids(tokens, hidden, row) != padding)[..., None]
+    kept = (_ids(tokens, hidden, row, padding) != padding)[..., None]
     return unprojected(tokens, F.linear(torch.where(kept, hidden, 0.0), weight, bias), padding, row=row)
 
 
-def _ids(tokens: Tensor, hidden: Tensor, row: Tensor | None) -> Tensor:
-    return (tokens if row is None else tokens[row]).expand(hidden.shape[:-1])
+def _ids(tokens: Tensor, hidden: Tensor, row: Tensor | None, padding: int) -> Tensor:
+    """The token at each position [K, P, T]; of a row that does not exist an id that is no token and not padding."""
+    if row is not None:
+        exists = (row >= 0) & (row < len(tokens))
+        tokens = torch.where(exists[:, None], tokens[torch.where(exists, row, 0)], -1 if padding != -1 else -2)
+    return tokens.expand(hidden.shape[:-1])
 
 
 def _specification(ids: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: int, step: int) -> Tensor:
@@ -133,6 +140,7 @@ def _backward(
         g_weight += _times(d.T, kept)
         if bias is not None:
             g_bias += d.sum(0)
+        del d  # before the next logits are made
     return g_hidden, g_weight.to(weight.dtype), g_bias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -168,8 +176,22 @@ def _gradients(g: Tensor, ids: Tensor, logits: Tensor, lse: Tensor, padding: int
 
 def _times(d: Tensor, x: Tensor) -> Tensor:
     """d x in d's type; on a GPU a narrow x stays narrow, and d goes in as two narrow parts."""
-    if x.dtype == d.dtype or x.device.type != "cuda":
+    if not _stays_narrow(x, d.dtype):
         return d @ x.to(d.dtype)
+    if x.dtype != torch.float16:
+        return _by_halves(d, x)
+    # float16 ends at 2^16 and loses digits below 2^-14: the largest number of d goes to 2^14, whatever the upstream gradient
+    exponent = torch.frexp(d.abs().amax()).exponent
+    up = torch.exp2((14 - exponent).clamp(-100, 100).to(d.dtype))
+    return _by_halves(d * up, x).div_(up)
+
+
+def _stays_narrow(x: Tensor, wide: torch.dtype) -> bool:
+    """Whether the device multiplies numbers of this type with a result of the wide one."""
+    return x.dtype != wide and x.device.type == "cuda"
+
+
+def _by_halves(d: Tensor, x: Tensor) -> Tensor:
     high = d.to(x.dtype)
     low = (d - high).to(x.dtype)
     return torch.mm(high, x, out_dtype=d.dtype).add_(torch.mm(low, x, out_dtype=d.dtype))
@@ -242,4 +264,28 @@ def _cost(
     return Cost(read + each, layer, 3 * products + 6 * logits) if backward else Cost(read, each, products + 6 * logits)
 
 
-OP = FusedOp(name="projected_token_log_prob", call=projected_token_log_prob, reference=reference, naive=naive, cases=_cases, cost=_cost)
+def _workspace(
+    tokens: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    *,
+    row: Tensor | None = None,
+    chunk: int = _CHUNK,
+) -> int:
+    """A chunk of logits and their gradient; of a narrow type the gradient, scaled, its two halves and what the first one leaves."""
+    wide = sums_dtype(hidden, weight)
+    logits = min(hidden[..., 0].numel(), max(chunk // len(weight), 1)) * len(weight)
+    return (2 if hidden.dtype == weight.dtype == wide else 4) * logits * wide.itemsize
+
+
+OP = FusedOp(
+    name="projected_token_log_prob",
+    call=projected_token_log_prob,
+    reference=reference,
+    naive=naive,
+    cases=_cases,
+    cost=_cost,
+    workspace=_workspace,
+)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from meme_kernels._launch import block, cdiv
 from meme_kernels._math import exp
-from meme_kernels._op import Case, Cost, FusedOp, Size, nbytes, opaque, run, sums_dtype, through_reference, uses_triton
+from meme_kernels._op import Case, Cost, FusedOp, Size, check_row, nbytes, opaque, run, sums_dtype, through_reference, uses_triton
 from meme_kernels._triton import jit, tl
 
 
@@ -29,7 +29,8 @@ def token_log_prob(tokens: Tensor, logits: Tensor, padding: int, *, row: Tensor 
     """tokens int64 [X, T], logits [K, P, T, V] -> [K, P], float32 (float64 for float64); `padding` is the id that is skipped.
 
     The packed row p has the tokens of row[p], row int64 [P]; without `row` those of p. A logit of -inf forbids its entry. Raises ValueError
-    for other shapes and, on the CPU, for ids outside the vocabulary that are not padding; on a GPU these give NaN.
+    for other shapes and, on the CPU, for ids outside the vocabulary that are not padding and for numbers in `row` that name no row; on a
+    GPU these give NaN.
     """
     _check(tokens, logits, row)
     if not uses_triton(tokens, logits, row):
@@ -39,6 +40,7 @@ def token_log_prob(tokens: Tensor, logits: Tensor, padding: int, *, row: Tensor 
 
 def reference(tokens: Tensor, logits: Tensor, padding: int, *, row: Tensor | None = None) -> Tensor:
     """The specification, on any device and in any floating type."""
+    check_row(row, len(tokens), "token_log_prob")
     ids = (tokens if row is None else tokens[row]).expand(logits.shape[:-1])
     return at_positions(ids.reshape(-1), logits.flatten(0, -2), padding).view(ids.shape).sum(-1)
 

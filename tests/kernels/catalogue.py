@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import meme_kernels
@@ -151,6 +153,35 @@ def drawn_like(values: Sequence[Tensor]) -> list[Tensor]:
 def bits(x: Tensor) -> Tensor:
     """A tensor's bits as integers, for comparisons in which NaN equals itself and -0 is not 0."""
     return x.detach().contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes alive at a time among those that operations made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        made = function(*arguments, **(settings or {}))
+        for y in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(y, Tensor):
+                storage = y.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {at: entry for at, entry in self.alive.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def most_bytes(op: FusedOp, case: Case) -> int:
+    """What a forward and a backward pass may hold: inputs, outputs and gradients once; the upstream gradient; as much again for copies,
+    statistics and partial sums; and the workspace that the op states."""
+    forward, backward = (op.cost(*case.arguments, **case.settings, backward=way) for way in (False, True))
+    return 2 * (forward.read + forward.written + backward.written) + op.workspace(*case.arguments, **case.settings) + 2**20
 
 
 # ---- how far an answer may be from the float64 one ----------------------------------------------------------------------------------

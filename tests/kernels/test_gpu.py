@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from tests.kernels.catalogue import DEVICE, OPS, Pair, answer, bits, change, every_case, leaves, outputs, smallest_cases, tensors
+from tests.kernels.catalogue import (
+    DEVICE,
+    OPS,
+    Pair,
+    answer,
+    bits,
+    change,
+    every_case,
+    leaves,
+    most_bytes,
+    outputs,
+    smallest_cases,
+    tensors,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -18,6 +31,7 @@ def test_twenty_repeats_agree_bit_for_bit(pair: Pair) -> None:
             assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of a case without elements
 @every_case
 def test_a_replayed_cuda_graph_reads_its_inputs_anew(pair: Pair) -> None:
     """Noise too: a seed or counter is a tensor, so a replay with another one in its place gives other draws."""
@@ -44,8 +58,7 @@ def _other(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_a_pass_holds_little_more_than_what_it_reads_and_writes(op) -> None:
-    """Inputs, outputs and gradients once; the upstream gradient; and as much again for copies, statistics and partial sums."""
+def test_a_pass_holds_little_more_than_what_it_reads_and_writes_and_states(op) -> None:
     case = next(iter(op.cases("paper", DEVICE, torch.float32)))
     answer(op.call, case)
     torch.cuda.synchronize()
@@ -53,8 +66,7 @@ def test_a_pass_holds_little_more_than_what_it_reads_and_writes(op) -> None:
     torch.cuda.reset_peak_memory_stats()
     answer(op.call, case)
     peak = torch.cuda.max_memory_allocated() - before
-    forward, backward = (op.cost(*case.arguments, **case.settings, backward=way) for way in (False, True))
-    assert peak <= 2 * (forward.read + forward.written + backward.written) + 2**20
+    assert peak <= most_bytes(op, case)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

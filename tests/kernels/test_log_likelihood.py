@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Laplace, NegativeBinomial, Normal, Poisson
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from meme_kernels import log_likelihood as module
 from meme_kernels._op import run
 from meme_kernels._special import digamma_rest, log1p, sigmoid, softplus, stirling_rest
 from meme_kernels._triton import jit, tl
 from meme_kernels.log_likelihood import Family, log_likelihood, naive, reference
-from tests.kernels.catalogue import LANE
+from tests.kernels.catalogue import LANE, Peak
 
 FAMILIES: list[Family] = ["normal", "laplace", "bernoulli", "poisson", "negative_binomial"]
 COUNTS: list[Family] = ["poisson", "negative_binomial"]
@@ -148,6 +146,19 @@ def test_rows_are_looked_up_as_if_gathered(family: Family, kind: str, device: to
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_rows_that_do_not_exist_do_not_pass_unnoticed(family: Family, kind: str, wrong: int, device: torch.device):
+    x, parameter, extra = drawn(family, 2, 3, (5,), kind, device)
+    row = torch.tensor([0, wrong, 2], device=device)
+    if LANE == "plain":
+        with pytest.raises(ValueError, match="log_likelihood: row: expected numbers of the 3 rows, from 0 to 2, got"):
+            log_likelihood(x, parameter, extra, family=family, row=row)
+        return
+    value = log_likelihood(x, parameter, extra, family=family, row=row)
+    assert bool(value[:, 1].isnan().all()) and bool(value[:, [0, 2]].isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_integer_data_are_scored_as_floats(family: Family, dtype: torch.dtype, device: torch.device):
@@ -213,25 +224,6 @@ def test_chunks_change_neither_value_nor_first_and_second_derivatives(family: Fa
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-class _Peak(TorchDispatchMode):
-    """Most bytes alive at a time among those that operations made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
-        made = function(*arguments, **(settings or {}))
-        for y in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(y, Tensor):
-                storage = y.untyped_storage()
-                self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {at: entry for at, entry in self.alive.items() if not entry[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return made
-
-
 @plain_only
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f, k in CASES if k != "full"])
 def test_reference_holds_its_gradient_and_two_more_tensors_of_that_size(family: Family, kind: str, monkeypatch: pytest.MonkeyPatch):
@@ -241,7 +233,7 @@ def test_reference_holds_its_gradient_and_two_more_tensors_of_that_size(family: 
     leaves = [y.requires_grad_() for y in (parameter, extra) if y is not None]
     peaks = []
     for function in (reference, naive):
-        with _Peak() as peak:
+        with Peak() as peak:
             torch.autograd.grad(function(x, parameter, extra, family=family).sum(), leaves)
         peaks.append(peak.most / leaves[0].nbytes)
     assert peaks[0] < 3.5 < 4 < peaks[1], peaks

@@ -126,6 +126,16 @@ def test_samples_are_drawn_by_their_weights(device):
     torch.testing.assert_close(drawn.ess, (1 / share.square().sum()).expand(2, rows))
 
 
+@pytest.mark.parametrize("samples", [5, 64])
+def test_a_sample_without_weight_is_never_drawn_however_near_the_number_is_to_one(samples, device):
+    rows = 100
+    cross = torch.randn(2, 2, samples, rows, device=device)
+    cross[:, :, -1] = -1e4
+    observed = torch.ones(2, rows, dtype=torch.bool, device=device)
+    nearly = torch.full((2, rows), 1 - 2**-24, device=device)
+    assert int(resample(cross, observed, nearly).index.max()) < samples - 1
+
+
 def test_a_row_that_holds_one_modality_takes_the_pseudo_input_prior(device):
     own, cross, density, observed, settings = tables(3, 4, 10, device, estimator="rao_blackwell")
     observed = torch.zeros_like(observed)

@@ -149,6 +149,19 @@ def test_extreme_scales_keep_the_digits(device: torch.device, scale: float) -> N
     torch.testing.assert_close([x.double() for x in found], list(exact), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "tolerance"), [(1e-14, 0.1), (1e-13, 1e-3), (1e12, 1e-5)])
+def test_gradients_in_float32_are_those_in_float64_whatever_the_unit(device: torch.device, scale: float, tolerance: float) -> None:
+    """A precision to the power 3/2 is beyond float32's range where the gradient is not; the gradient by a precision is subnormal."""
+    given = [x * scale for x in experts(3, 2, 4, device)]
+    mask, gradients = subsets(3, "all", device)[1:], []
+    for function, dtype in ((PRODUCT.call, torch.float32), (PRODUCT.reference, WIDE)):
+        mean, deviation = (x.to(dtype).requires_grad_() for x in given)
+        values = function(mean, deviation, mask, standard=False)
+        gradients.append(torch.autograd.grad([x.sum() for x in values], (mean, deviation)))
+    found, exact = gradients
+    torch.testing.assert_close([x.double() for x in found], list(exact), rtol=tolerance, atol=tolerance)
+
+
 def test_wrong_shapes_and_masks_are_refused(device: torch.device) -> None:
     mean, scale = experts(3, 2, 4, device)
     mask = torch.ones(1, 3, dtype=torch.bool, device=device)

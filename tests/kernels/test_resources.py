@@ -14,10 +14,13 @@ if ABSENT:
 if INTERPRETED:
     pytest.skip("a process with TRITON_INTERPRET=1 cannot compile", allow_module_level=True)
 
+import torch
 import triton
 
-from benchmarks.resources import committed, ops, rows
-from meme_kernels._op import FusedOp
+from benchmarks.resources import TARGETS, committed, launches, ops, read, rows
+from benchmarks.resources import compiled as compile_for
+from meme_kernels._op import Case, FusedOp
+from meme_kernels.meme_bound import OP as MEME_BOUND
 
 REGISTERS = 128  # of 255: two programs of four warps on every quarter of an SM's register file
 ABOVE = {  # (op, kernel) -> its own budget, where more registers were worth it
@@ -40,6 +43,16 @@ def compiled(op: FusedOp) -> list[dict[str, Any]]:
 @each_op
 def test_no_kernel_spills(op: FusedOp) -> None:
     assert not [row for row in compiled(op) if row["spilled"]]
+
+
+def test_a_thousand_samples_of_a_source_do_not_spill() -> None:
+    """They are one tile, of fewer rows: with 16 rows as for few samples 5,216 and 3,696 bytes."""
+    device = torch.device("meta")
+    table = torch.empty(2, 2, 1024, 256, device=device, requires_grad=True)
+    present = torch.empty(2, 256, dtype=torch.bool, device=device)
+    settings = {"estimator": "rao_blackwell", "cross_weight": 1.0}
+    found = launches(MEME_BOUND, Case("", (table[0], table, table, present), settings))
+    assert len(found) == 2 and not any(read(compile_for(launch, TARGETS["sm_90"]))["spilled"] for launch in found)
 
 
 @each_op

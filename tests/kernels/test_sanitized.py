@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from meme_kernels._op import Case, FusedOp
+from meme_kernels.log_likelihood import log_likelihood
 from tests.kernels.catalogue import LANE, OPS, Pair, answer, bits, every_case, leaves, outputs
 
 if LANE != "interpreter":
@@ -27,6 +28,14 @@ def test_programs_may_run_in_any_order(pair: Pair) -> None:
             found = answer(pair.op.call, case)
         for a, b in zip((*expected.values, *expected.gradients), (*found.values, *found.gradients), strict=True):
             assert torch.equal(bits(a), bits(b)), f"{order} order gives another result"
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, 10**6, 2**40])
+def test_rows_that_do_not_exist_are_not_read(wrong: int) -> None:
+    x, parameter = torch.rand(2, 8), torch.zeros(2, 3, 8, requires_grad=True)
+    with sanitize():
+        value = log_likelihood(x, parameter, torch.ones(()), family="normal", row=torch.tensor([0, wrong, 1]))
+        value.sum().backward()
 
 
 # ---- bytes: ops that read every number once and write every result once ---------------------------------------------------------------
@@ -83,19 +92,23 @@ def _case(*arguments: Any, **settings: Any) -> Case:
     return Case("", arguments, settings)
 
 
-def _bound(rows: int) -> Case:
-    tables = (_leaf(2, 2, rows), _leaf(2, 2, 2, rows), _leaf(2, 2, 2, rows))
-    return _case(*tables, _fixed(2, rows, dtype=torch.bool), estimator="rao_blackwell", cross_weight=1.0)
+def _bound(number: int, rows: int) -> Case:
+    tables = (_leaf(number, 2, rows), _leaf(number, number, 2, rows), _leaf(number, number, 2, rows))
+    return _case(*tables, _fixed(number, rows, dtype=torch.bool), estimator="rao_blackwell", cross_weight=1.0)
 
 
-# Axes that a program loops over are short, so what is large is the grid; rows are no power of two, so that the last block is cut.
+def _cross(number: int, rows: int, width: int) -> Case:
+    parameters = (_leaf(number, rows, width), _leaf(number, rows, width), _fixed(number, rows, dtype=torch.bool))
+    return _case(*parameters, _fixed(number, 2, rows, width))
+
+
+# Axes that a program loops over are short, so what is large is the grid; rows are no power of two, so that the last block is cut. With
+# three modalities the way to the last one's first row is beyond 2**31 itself.
 _ROWS = 2**25 + 3
 LARGE: dict[str, list[Callable[[], Case]]] = {
-    "cross_log_prob": [
-        lambda: _case(_leaf(2, _ROWS, 17), _leaf(2, _ROWS, 17), _fixed(2, _ROWS, dtype=torch.bool), _fixed(2, 2, _ROWS, 17)),
-    ],
+    "cross_log_prob": [lambda: _cross(2, _ROWS, 17), lambda: _cross(3, 2**30 + 3, 1)],
     "log_likelihood": [lambda: _case(_fixed(2**21 + 1, 1033), _leaf(1, 2**21 + 1, 1033), family="bernoulli")],
-    "meme_bound": [lambda: _bound(2**28 + 3)],
+    "meme_bound": [lambda: _bound(2, 2**28 + 3), lambda: _bound(3, 2**29 + 3)],
     "mixture_log_prob": [lambda: _case(_leaf(4 * _ROWS, 17), _fixed(5, 17), _fixed(5, 17))],
     "pair_divergence": [lambda: _case(_leaf(2, _ROWS, 33), _leaf(2, _ROWS, 33), _fixed(2, _ROWS, dtype=torch.bool), family="normal")],
     "pairwise_w2": [

@@ -10,6 +10,7 @@ from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meme_kernels import projected_token_log_prob as projected
 from meme_kernels.projected_token_log_prob import projected_token_log_prob
 from meme_kernels.token_log_prob import token_log_prob
 from tests.kernels.catalogue import LANE
@@ -144,12 +145,23 @@ def test_ids_outside_the_vocabulary_do_not_pass_unnoticed(device: torch.device, 
         assert bool(value[:, 1].isnan().all()) and bool(value[:, [0, 2]].isfinite().all())
 
 
-@pytest.mark.skipif(LANE == "plain", reason="indexing refuses it there")
+@pytest.mark.parametrize("padding", [PADDING, -1])
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
-def test_source_rows_that_do_not_exist_do_not_pass_unnoticed(device: torch.device, wrong: int) -> None:
-    tokens, logits = drawn(device)
-    value = token_log_prob(tokens, logits, PADDING, row=torch.tensor([0, wrong, 2], device=device))
-    assert bool(value[:, 1].isnan().all()) and bool(value[:, [0, 2]].isfinite().all())
+def test_source_rows_that_do_not_exist_do_not_pass_unnoticed(device: torch.device, wrong: int, projected: bool, padding: int) -> None:
+    row = torch.tensor([0, wrong, 2], device=device)
+
+    def call() -> Tensor:
+        if not projected:
+            return token_log_prob(*drawn(device), padding, row=row)
+        return projected_token_log_prob(*layer(device), padding, row=row)
+
+    if LANE == "plain":
+        with pytest.raises(ValueError, match=r"row: expected numbers of the 3 rows, from 0 to 2, got"):
+            call()
+    else:
+        value = call()
+        assert bool(value[:, 1].isnan().all()) and bool(value[:, [0, 2]].isfinite().all())
 
 
 def test_wrong_shapes_are_refused(device: torch.device) -> None:
@@ -233,6 +245,28 @@ def test_weight_gradients_of_narrow_types_are_summed_in_float32(device: torch.de
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
     (gradient,) = torch.autograd.grad(projected_token_log_prob(tokens, hidden, weight, None, PADDING, chunk=4).sum(), weight)
     assert gradient.flatten().tolist() == [-512.0, 512.0]
+
+
+@pytest.mark.parametrize("upstream", [2.0**-12, 2.0**16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_narrow_layers_keep_their_digits_whatever_the_upstream_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, upstream: float
+) -> None:
+    """In float16 probabilities of 32,000 tokens times 1/4096 are zero, and 65536 is infinite."""
+    if device.type == "cpu":  # as on a GPU: narrow factors, results in float32
+        monkeypatch.setattr(projected, "_stays_narrow", lambda x, wide: x.dtype != wide)
+        monkeypatch.setattr(torch, "mm", lambda a, b, *, out_dtype: (a.double() @ b.double()).to(out_dtype))
+    tokens = torch.tensor([[3, 17], [5, 4000]], device=device)
+    hidden = torch.randn(1, 2, 2, 4, device=device).to(dtype).requires_grad_()
+    weight = ((1 + 0.5 * torch.rand(32000, 4, device=device)) / 4).to(dtype).requires_grad_()  # the softmax's part does not cancel
+    gradients = []
+    for h, w in ((hidden, weight), (x.detach().double().requires_grad_() for x in (hidden, weight))):
+        value = projected_token_log_prob(tokens, h, w, None, PADDING)
+        gradients.append(torch.autograd.grad(value, (h, w), torch.full_like(value, upstream)))
+    for found, exact in zip(*gradients, strict=True):
+        fits = exact.abs() < torch.finfo(dtype).max
+        lost = (found.double() - exact)[fits].norm() / exact[fits].norm()
+        assert lost < 2e-2  # of float16's steps, where the gradient itself is near their size
 
 
 def test_wrong_layers_are_refused(device: torch.device) -> None:
