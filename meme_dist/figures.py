@@ -309,9 +309,9 @@ def loss_curves(path: Path, log: Sequence[Mapping[str, float]]) -> None:
     _curves(path, log, _by_kind(log, is_loss))
 
 
-def coherence_curves(path: Path, log: Sequence[Mapping[str, float]], ceilings: Mapping[str, float] | None = None) -> None:
-    """Every coherence over steps, with the accuracy of each target's classifier on real data as a dashed ceiling."""
-    _curves(path, log, _by_kind(log, is_coherence), ceilings=ceilings or {}, unit=True)
+def coherence_curves(path: Path, log: Sequence[Mapping[str, float]], real: Mapping[str, float] | None = None) -> None:
+    """Every coherence over steps, with the accuracy of each target's classifier on real data as a dashed reference."""
+    _curves(path, log, _by_kind(log, is_coherence), real=real or {}, unit=True)
 
 
 COHERENCES = ("cross_coherence", "joint_coherence")
@@ -346,7 +346,7 @@ def _curves(
     log: Sequence[Mapping[str, float]],
     panels: Mapping[str, Sequence[str]],
     *,
-    ceilings: Mapping[str, float] | None = None,
+    real: Mapping[str, float] | None = None,
     unit: bool = False,
 ) -> None:
     """One panel a kind, one line a name; lines without a number at a step are drawn through it."""
@@ -358,11 +358,9 @@ def _curves(
             for number, name in enumerate(sorted(names)):
                 _curve(axes, log, name, colour=_palette(len(names))[number])
             patterns = cycle([(0, (5, 3)), (0, (1, 2)), (0, (5, 2, 1, 2))])
-            for target in sorted({name.split(">")[-1] for name in names if ">" in name} & set(ceilings or {})):
+            for target in sorted({name.split(">")[-1] for name in names if ">" in name} & set(real or {})):
                 dashes = next(patterns)
-                axes.axhline(
-                    (ceilings or {})[target], color="#8a929a", linestyle=dashes, linewidth=1.0, label=f"classifier of real {target}"
-                )
+                axes.axhline((real or {})[target], color="#8a929a", linestyle=dashes, linewidth=1.0, label=f"classifier of real {target}")
             axes.set(title=kind.replace("_", " "), xlabel="step", **({"ylim": (0, 1.02)} if unit else {}))
             axes.legend(loc="best", ncols=1 + len(names) // 9) if len(names) > 1 or "/" in names[0] else None
         for axes in grid[len(panels) :]:

@@ -12,7 +12,7 @@ from meme_dist.data.index import Manifest
 from meme_dist.data.stream import Evaluation
 from meme_dist.evaluate import Reduce, alone, evaluate
 from meme_dist.flags import parsed
-from meme_dist.impute import impute
+from meme_dist.impute import check_features, impute
 from meme_dist.mcmc import HMC, MALA, MAP, ULA, Kernel
 from meme_dist.metrics.coherence import Sources, source_sets
 from meme_dist.metrics.intervals import mean
@@ -67,6 +67,9 @@ def main(words: list[str]) -> int:
 
         def work(processes: Any) -> None:
             stored = find(run, checkpoint, processes)
+            with processes.agreed():
+                if shards is not None:
+                    check_features(Manifest.load(shards), stored.manifest)
             split = first_rows(stored.manifest, rows, seed=seed, rank=processes.rank, world=processes.world)
             check_tempers(list(stored.manifest.fields), temper or {})
             sources = source_sets(list(stored.manifest.fields))

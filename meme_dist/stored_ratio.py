@@ -35,7 +35,7 @@ def fit_stored(
     splits = {"train": train, "test": evaluation(stored.manifest, "test", place, seed=seed + 1)}
     most = {name: min(rows, stored.manifest.num_rows(name)) for name in splits}
     latents = {
-        name: posterior_draws(stored.objective, batches, rows=most[name], draws=draws, reduce=processes.reduce)
+        name: posterior_draws(stored.objective, batches.first(most[name]), rows=most[name], draws=draws, reduce=processes.reduce)
         for name, batches in splits.items()
     }
     about: dict[str, Any] = {}
