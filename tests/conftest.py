@@ -16,6 +16,7 @@ except ImportError:
     pass
 
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, whose children would be deaf to it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
