@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from meme_dist.distributions import DiagNormal, Diagonal, wide
 from meme_dist.likelihoods import Likelihood, Rows
+from meme_dist.noise import Noise
 
 SCALE_FLOOR = 1e-3  # of posterior scales; the released code clamps at the same value (MNIST) or 1e-4 (SVHN)
 
@@ -31,7 +33,8 @@ class Encoding(nn.Module):
     features [R, *feature] to [R, 2 D] (`feature` is their shape).
 
     `latent_dim` is what the encoder gives. The last `private_dim` of it are latents that no other modality has: what the others cannot know
-    of this one (Palumbo et al. 2023). `to_scale` makes the scales of the encoder's raw ones.
+    of this one (Palumbo et al. 2023). `to_scale` makes the scales of the encoder's raw ones. `dropout` is the share of a training row's
+    features that are hidden from the encoder (`kept`): what keeps it from knowing few rows by heart.
     """
 
     def __init__(
@@ -44,28 +47,42 @@ class Encoding(nn.Module):
         family: type[Diagonal] = DiagNormal,
         private_dim: int = 0,
         to_scale: Callable[[Tensor], Tensor] = softplus_scale,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if not 0 <= private_dim < latent_dim:
             raise ValueError(f"private_dim: expected 0 to {latent_dim - 1} of {latent_dim} latents, got {private_dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
         self.embed, self.encoder = embed or nn.Identity(), encoder
         self.latent_dim, self.feature = latent_dim, feature
-        self.family, self.private_dim, self.to_scale = family, private_dim, to_scale
+        self.family, self.private_dim, self.to_scale, self.dropout = family, private_dim, to_scale, dropout
 
     def twin(self) -> "Encoding":
         """A second encoder that begins as a copy of this one."""
         networks = {"embed": copy.deepcopy(self.embed), "encoder": copy.deepcopy(self.encoder)}
         sizes = {"latent_dim": self.latent_dim, "feature": self.feature, "private_dim": self.private_dim}
-        return Encoding(**networks, **sizes, family=self.family, to_scale=self.to_scale)
+        return Encoding(**networks, **sizes, family=self.family, to_scale=self.to_scale, dropout=self.dropout)
 
     @property
     def shared_dim(self) -> int:
         """Size of the latents that all modalities share: the first ones."""
         return self.latent_dim - self.private_dim
 
-    def encode(self, x: Shaped[Tensor, "R *event"]) -> Diagonal:
-        """q(z | x) for each row, float32."""
-        return self.encode_features(self.embed(x))
+    def kept(self, noise: Noise, purpose: str) -> Float[Tensor, "R *feature"] | None:
+        """What to multiply a training row's features by: 0 with probability p = `dropout`, else 1 / (1 - p), so that their mean stays.
+
+        None where nothing is hidden: for p = 0, and in evaluation.
+        """
+        if not (self.training and self.dropout):
+            return None
+        shown = noise.uniform(purpose, 1, prod(self.feature))[0] > self.dropout
+        return shown.unflatten(-1, self.feature) / (1 - self.dropout)
+
+    def encode(self, x: Shaped[Tensor, "R *event"], kept: Float[Tensor, "R *feature"] | None = None) -> Diagonal:
+        """q(z | x) for each row, float32; from the features times `kept` where that is given."""
+        features = self.embed(x)
+        return self.encode_features(features if kept is None else features * kept)
 
     def encode_features(self, features: Float[Tensor, "R *feature"]) -> Diagonal:
         """q(z | features): where pseudo-inputs enter."""
@@ -97,9 +114,10 @@ class Modality(Encoding):
         weight: float = 1.0,
         private_dim: int = 0,
         to_scale: Callable[[Tensor], Tensor] = softplus_scale,
+        dropout: float = 0.0,
     ):
         sizes = {"latent_dim": latent_dim, "feature": feature, "private_dim": private_dim}
-        super().__init__(encoder=encoder, embed=embed, family=family, to_scale=to_scale, **sizes)
+        super().__init__(encoder=encoder, embed=embed, family=family, to_scale=to_scale, dropout=dropout, **sizes)
         self.decoder, self.likelihood, self.weight = decoder, likelihood, weight
 
     def log_prob(self, x: Shaped[Tensor, "X *event"], z: Float[Tensor, "K P D"], row: Rows = None) -> Float[Tensor, "K P"]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from meme_dist.distributions import DiagLaplace
 from meme_dist.likelihoods import Bernoulli, NegativeBinomial, Poisson
@@ -9,7 +10,9 @@ from meme_dist.modalities import published
 from meme_dist.modalities.image import conv
 from meme_dist.modalities.text import conv_text
 from meme_dist.modalities.vector import mlp
-from meme_dist.modality import SCALE_FLOOR, Modality, balanced_weights
+from meme_dist.modality import SCALE_FLOOR, Encoding, Modality, balanced_weights
+from meme_dist.noise import Noise
+from meme_dist.recipes.base import Model
 
 
 def counts(*shape):
@@ -107,3 +110,23 @@ def test_images_of_any_size_come_back_at_that_size():
 def test_channels_that_group_norm_cannot_divide_are_refused():
     with pytest.raises(ValueError, match=r"channels: expected multiples of 8 \(group norm\), got \[12\]"):
         conv((1, 8, 8), latent_dim=2, channels=(12,))
+
+
+def test_hidden_features_are_a_share_drawn_anew_and_leave_the_mean():
+    modality = mlp((30, 20), latent_dim=2, hidden=(4,))
+    modality.dropout, noise = 0.3, Noise(0, torch.arange(400))
+    kept = modality.kept(noise, "a")
+    assert kept.shape == (400, 30, 20) and set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    deviation = (0.3 * 0.7) ** 0.5 / 0.7  # of one entry
+    assert abs(kept.mean() - 1) < 4 * deviation / kept.numel() ** 0.5
+    assert (kept.mean((1, 2)) - 1).abs().max() < 5 * deviation / 600**0.5 and (kept.mean(0) - 1).abs().max() < 5 * deviation / 20
+    assert not torch.equal(kept, modality.kept(noise, "b")) and not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[7:9], modality.kept(Noise(0, torch.tensor([7, 8])), "a"))
+    assert modality.eval().kept(noise, "a") is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_of_hidden_features_that_is_none_is_refused(share):
+    for make in (lambda: Model(dropout=share), lambda: Encoding(encoder=nn.Identity(), latent_dim=1, feature=(2,), dropout=share)):
+        with pytest.raises(ValueError, match=r"dropout: expected a share from 0 to below 1"):
+            make()

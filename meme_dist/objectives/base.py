@@ -83,9 +83,14 @@ class Objective(nn.Module, ABC):
         """What each encoder says [B, shared and private latents], or that of `by`; a standard density where a row lacks the modality."""
         encoding = by or self.modality
         shapes = {name: [(len(packed.row), self.modality(name).latent_dim)] * 2 for name, packed in batch.modalities.items()}
-        encoded = self.each(shapes, lambda name, _: encoding(name).encode(batch.modalities[name].data), None)
+        encoded = self.each(shapes, lambda name, _: encoding(name).encode(batch.modalities[name].data, self.kept(batch, name)), None)
         packs = batch.modalities.items()
         return {name: self._unpacked(q, p.row, len(batch.observed)) for (name, p), q in zip(packs, encoded, strict=True)}
+
+    def kept(self, batch: Batch, name: str) -> Tensor | None:
+        """What of a modality's features is shown to its encoders (`Encoding.kept`): all that read the batch see the same."""
+        visit = batch.draw[batch.modalities[name].row.clamp(max=len(batch.draw) - 1)]  # of each packed row; padding is any row
+        return self.modality(name).kept(Noise(batch.seed, visit), f"{name}/dropout")
 
     def split(self, encodings: Mapping[str, Diagonal]) -> tuple[Diagonal, dict[str, Diagonal]]:
         """q_j(z | x_j) of the shared latents, stacked [N, B, D], and q_j(w_j | x_j) of each modality's own [B, P]."""

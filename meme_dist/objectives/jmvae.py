@@ -11,9 +11,9 @@ which is a first layer over all branches' outputs, zero where a row lacks one, a
 missing entries as it does with all of them, where MultiVae's joint encoder refuses them. KL annealing is not part of this file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class JMVAE(Objective):
             needs_normal(self)
         self.alpha, self.beta, self.hidden = alpha, beta, hidden
         self.several: Literal["joint", "product"] = several
-        self.branches = nn.ModuleDict({name: _branch(m, hidden, len(modalities)) for name, m in modalities.items()})
+        self.branches = nn.ModuleDict({name: _Branch(m, hidden, len(modalities)) for name, m in modalities.items()})
         # One modality owns what follows the branches, so that modality parallelism can place it: the first by name, in any order of them.
         self.trunk = nn.ModuleDict({min(modalities): _trunk(hidden, self.latent_dim)})
         self.standard = Standard(self.latent_dim, self.family)
@@ -92,32 +92,36 @@ class JMVAE(Objective):
         """q(z | x) from all that each row observes [B, D]."""
         packs, rows = batch.modalities, len(batch.observed)
         shapes: dict[str, list[tuple[int, ...]]] = {name: [(len(p.row), self.hidden)] for name, p in packs.items()}
-        branches = self.each(shapes, lambda name, _: self._run(self.branches, name, packs[name].data), None)
+        branches = self.each(shapes, lambda name, _: (wide(self.branches[name](packs[name].data, self.kept(batch, name))),), None)
         placed = [unpack(h, p.row, rows, 0.0) for (h,), p in zip(branches, packs.values(), strict=True)]
         (owner,) = self.trunk
         shapes = {owner: [(rows, 2 * self.latent_dim)]}
-        ((raw,),) = self.each(shapes, lambda name, h: self._run(self.trunk, name, cast(Tensor, h)), torch.stack(placed).sum(0))
+        ((raw,),) = self.each(shapes, lambda name, h: (wide(self.trunk[name](h)),), torch.stack(placed).sum(0))
         mean, scale = raw.chunk(2, -1)
         return self.family(mean, softplus_scale(scale))
-
-    def _run(self, networks: nn.ModuleDict, name: str, x: Tensor) -> Sequence[Tensor]:
-        return (wide(networks[name](x)),)
 
     def _where(self, condition: Tensor, a: Diagonal, b: Diagonal) -> Diagonal:
         return self.family(torch.where(condition, a.mean, b.mean), torch.where(condition, a.scale, b.scale))
 
 
-def _branch(modality: Modality, hidden: int, count: int) -> nn.Module:
+class _Branch(nn.Module):
     """The modality's embedding and encoder with new weights, and its part of the first layer. Modules that have no `reset_parameters` keep
     the weights that they were copied with."""
-    copy = deepcopy(nn.Sequential(modality.embed, modality.encoder))
-    for module in copy.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-    first = nn.Linear(2 * modality.latent_dim, hidden)
-    with torch.no_grad():
-        first.weight /= count**0.5  # as one layer over all branches starts
-    return nn.Sequential(copy, first)
+
+    def __init__(self, modality: Modality, hidden: int, count: int):
+        super().__init__()
+        self.embed, self.encoder = deepcopy(modality.embed), deepcopy(modality.encoder)
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self.first = nn.Linear(2 * modality.latent_dim, hidden)
+        with torch.no_grad():
+            self.first.weight /= count**0.5  # as one layer over all branches starts
+
+    def forward(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """Its part of h [R, hidden], from the features times `kept` where that is given."""
+        features = self.embed(x)
+        return self.first(self.encoder(features if kept is None else features * kept))
 
 
 def _trunk(hidden: int, latent_dim: int) -> nn.Module:

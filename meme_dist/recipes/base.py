@@ -12,6 +12,7 @@ from meme_dist.data.index import Manifest
 from meme_dist.data.shards import Dataset
 from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal
 from meme_dist.evaluate import Measures
+from meme_dist.modalities.attribute import Attribute
 from meme_dist.modality import Modality, balanced_weights, softmax_scale, softplus_scale
 from meme_dist.objectives.base import Objective
 from meme_dist.objectives.csvae import CSVAE, Independence
@@ -103,6 +104,9 @@ class Model:
     likelihood_weight: float = 1.0
     """Multiplies every modality's log-likelihood: 20 does what a Laplace scale of 1/20 does, sharper images for a looser match of the
     posteriors. At 1 the bound is one on the evidence of the likelihoods as they are."""
+    dropout: float = 0.0
+    """Share of a training row's features (pixels, genes, ...) that encoders do not see, drawn anew each time: for few rows of many
+    features, which encoders otherwise know by heart (all; never of csvae's labels)."""
     balance: bool = False
     """Weight each modality's log-likelihood by the largest event size over its own; otherwise all weigh 1."""
 
@@ -113,6 +117,8 @@ class Model:
             raise ValueError(f"private_dim: expected 0 to {self.latent_dim - 1} of latent_dim {self.latent_dim}, got {self.private_dim}")
         if self.objective == "csvae" and self.posterior != "normal":
             raise ValueError(f"csvae: the latents of labels are Normal, and all have to be; take --posterior normal, got {self.posterior}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a share from 0 to below 1, got {self.dropout}")
         if not self.likelihood_weight > 0:
             raise ValueError(f"likelihood_weight: expected a number above 0, got {self.likelihood_weight}")
 
@@ -128,9 +134,10 @@ class Model:
         return {name: self.likelihood_weight * weight for name, weight in weights.items()}
 
     def build(self, modalities: Mapping[str, Modality]) -> Objective:
-        """The objective over these modalities, whose posteriors become what `private_dim` and `scales` say."""
+        """The objective over these modalities, whose posteriors become what `private_dim`, `scales` and `dropout` say."""
         for modality in modalities.values():
             modality.private_dim = self.private_dim
+            modality.dropout = 0.0 if isinstance(modality, Attribute) else self.dropout
             modality.to_scale = softmax_scale if self.scales == "softmax" else softplus_scale
         match self.objective:
             case "meme":

@@ -132,10 +132,11 @@ def linear(private: int = 0) -> Modality:
 
 
 def network(private: int = 0, family: type = DiagNormal, shared: int = D) -> Modality:
+    """Perceptrons, whose encoders do not see a quarter of the features: what holds of rows holds of what is hidden in them too."""
     size = shared + private
     encoder = nn.Sequential(nn.Linear(EVENT, 8), nn.Tanh(), nn.Linear(8, 2 * size))
     decoder = nn.Sequential(nn.Linear(size, 8), nn.Tanh(), nn.Linear(8, EVENT))
-    keywords: dict[str, Any] = {"latent_dim": size, "private_dim": private, "feature": (EVENT,), "family": family}
+    keywords: dict[str, Any] = {"latent_dim": size, "private_dim": private, "feature": (EVENT,), "family": family, "dropout": 0.25}
     return Modality(encoder=encoder, decoder=decoder, likelihood=Normal(0.5), **keywords)
 
 
@@ -203,6 +204,28 @@ def test_the_bound_never_exceeds_the_exact_evidence(kind: Any, case: Case) -> No
         x = {n: torch.randn(EVENT).double() for n in NAMES}
         mean, slack = mean_bound(objective, x, observed)
         assert mean <= (case.evidence or evidence)(objective, x, observed) + slack + 1e-9, observed
+
+
+@pytest.mark.parametrize(("kind", "case"), [c for c in FIRST if not c.values[1].evidence])
+def test_hiding_features_from_the_encoders_leaves_a_bound(kind: Any, case: Case) -> None:
+    """What is hidden makes another posterior, not another model. (Where encoders are priors too it makes another model.)"""
+    objective, observed = build(kind, case, linear), (1, 0, 1)
+    x = {n: torch.randn(EVENT).double() for n in NAMES}
+    shown, _ = mean_bound(objective, x, observed)
+    for modality in objective.modalities.values():
+        modality.dropout = 0.4
+    mean, slack = mean_bound(objective, x, observed)
+    assert abs(mean - shown) > 1e-3 and mean <= evidence(objective, x, observed) + slack + 1e-9
+
+
+@every_objective
+def test_nothing_is_hidden_in_evaluation(kind: Any, case: Case) -> None:
+    objective, (x, observed) = build(kind, case), all_patterns()
+    batch = pack_dense(x, observed)
+    training, evaluation = objective(batch).total, objective.eval()(batch).total
+    for modality in objective.modalities.values():
+        modality.dropout = 0.0
+    assert torch.equal(evaluation, objective.train()(batch).total) and not torch.isclose(training, evaluation, rtol=1e-4)
 
 
 def lone_posterior(slope: Sequence[float], noise: float, private: int) -> Modality:
@@ -369,7 +392,7 @@ def one_step(rank: int, world: int, names: Sequence[str], engine: str) -> list[t
 
 def _sized(event: int, private: int) -> Modality:
     size = D + private
-    keywords: dict[str, Any] = {"latent_dim": size, "private_dim": private, "feature": (event,)}
+    keywords: dict[str, Any] = {"latent_dim": size, "private_dim": private, "feature": (event,), "dropout": 0.25}
     return Modality(encoder=nn.Linear(event, 2 * size), decoder=nn.Linear(size, event), likelihood=Normal(0.5), **keywords)
 
 
