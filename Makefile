@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/meme-dist train digits --missing 0.3
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadfile -q
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -n 2 -q
 
 # The sanitizer's own tests, and values and gradients of every case in float32. 3.6 converts arrays in a way that NumPy deprecates.

@@ -38,7 +38,12 @@ def fixed_seed() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    """Tests marked `gpu` are skipped where there is no CUDA device; files that start processes, and wait for them, are begun first.
+
+    Files are dealt to workers whole (`--dist loadfile --no-loadscope-reorder`): the slow ones at the end would leave all but one idle.
+    """
+    started = {item.path for item in items if item.get_closest_marker("launch") or hasattr(getattr(item, "module", None), "run_ranks")}
+    items.sort(key=lambda item: item.path not in started)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -38,9 +38,14 @@ def test_every_op_has_a_name_of_its_own() -> None:
 # ---- values and gradients -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+OTHERS = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *OTHERS], ids=str)
 @every_case
 def test_value_and_gradients_equal_the_naive_formula_in_float64(pair: Pair, dtype: torch.dtype) -> None:
+    if LANE == "interpreter" and dtype in OTHERS and dtype != OTHERS[pair.index % len(OTHERS)]:
+        pytest.skip("interpreted, a case has float32 and one of the other types in turn: what differs is how numbers are read and written")
     case = pair.case(dtype)
     before = [bits(x).clone() for x in tensors(case)]
     found = answer(pair.op.call, case)

@@ -21,10 +21,10 @@ def joint(row: Row) -> Any:
     objective = row.objective
     branches = [objective.branches[n] for n in NAMES]
     outputs = [
-        branch[0](row.x[n][None])[0] if n in row.names else torch.zeros(4).double() for n, branch in zip(NAMES, branches, strict=True)
+        b.encoder(b.embed(row.x[n][None]))[0] if n in row.names else torch.zeros(4).double() for n, b in zip(NAMES, branches, strict=True)
     ]
     mask = torch.tensor([float(n in row.names) for n in NAMES]).double()
-    first = torch.cat([*[branch[1].weight for branch in branches], torch.stack([branch[1].bias for branch in branches], 1)], 1)
+    first = torch.cat([*[b.first.weight for b in branches], torch.stack([b.first.bias for b in branches], 1)], 1)
     hidden = F.relu(first @ torch.cat([*outputs, mask]))
     (trunk,) = objective.trunk.values()
     return row.posterior(*trunk[3](F.relu(trunk[1](hidden))).chunk(2))
@@ -68,7 +68,7 @@ def test_branches_start_from_weights_of_their_own() -> None:
     torch.manual_seed(0)
     objective = build(JMVAE, hidden=5)
     for name in NAMES:
-        ours, theirs = objective.branches[name][0][1], objective.modality(name).encoder
+        ours, theirs = objective.branches[name].encoder, objective.modality(name).encoder
         assert [type(m) for m in ours] == [type(m) for m in theirs] and ours[0] is not theirs[0]
         assert not torch.equal(ours[0].weight, theirs[0].weight)
 
