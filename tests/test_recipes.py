@@ -191,3 +191,11 @@ def test_weights_of_likelihoods_reach_every_modality_of_the_swiss_roll(objective
     built = recipe.build(manifest_of(recipe))
     expected = {"point": 20.0, "low": 30.0 if objective == "csvae" else 60.0}
     assert {name: built.modality(name).weight for name in expected} == expected
+
+
+@pytest.mark.parametrize("objective", ["csvae", "mmvae"])
+def test_dropout_reaches_every_encoder_but_those_of_labels(objective: Name) -> None:
+    recipe = RECIPES["swiss_roll"](model=Model(objective=objective, latent_dim=4, dropout=0.5))
+    built = recipe.build(manifest_of(recipe))
+    expected = {"point": 0.5, "low": 0.0 if objective == "csvae" else 0.5}
+    assert {name: built.modality(name).dropout for name in expected} == expected

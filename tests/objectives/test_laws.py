@@ -228,6 +228,12 @@ def test_nothing_is_hidden_in_evaluation(kind: Any, case: Case) -> None:
     assert torch.equal(evaluation, objective.train()(batch).total) and not torch.isclose(training, evaluation, rtol=1e-4)
 
 
+def test_each_modality_hides_features_of_its_own() -> None:
+    objective, batch = build(CLASSES["MMVAE"], TABLE["MMVAE"]["looser"]), rows_of((1, 1, 1), 20)
+    a, b, again = (objective.kept(batch, name) for name in "aba")
+    assert torch.equal(a, again) and 0 < (a == b).float().mean() < 0.8
+
+
 def lone_posterior(slope: Sequence[float], noise: float, private: int) -> Modality:
     """Diagonal x = slope (z, w) + noise eps, and an encoder that is its exact posterior under a standard prior."""
     size = D + private
