@@ -18,7 +18,7 @@ def tcga(
     data_seed: int = 0,
     validation: float = 0.0,
     scale: float = 1.0,
-    model: Model = Model(latent_dim=8, pseudo_inputs=50, samples=5, combination="product"),
+    model: Model = Model(latent_dim=8, pseudo_inputs=50, samples=5, combination="product", dropout=0.6),
     training: Training = Training(steps=400, batch_size=50, learning_rate=1e-3, schedule="cosine", weight_decay=0.01, evaluate_every=50),
 ) -> Recipe:
     """mRNA, miRNA and protein of breast tumours; the test part truly lacks protein; --source FOLDER.
