@@ -6,6 +6,8 @@ STAMP   = $(VENV)/.installed
 PY     ?= python3
 
 export OMP_NUM_THREADS ?= 1
+# Each of the many processes that tests start would compile every source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL = help
 # The oldest and the newest Triton that the kernels are tested with, besides the one in constraints.txt; 3.6 needs an older NumPy.

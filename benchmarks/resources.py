@@ -104,7 +104,7 @@ def _read_nvidia(kernel: Any) -> dict[str, int]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)  # the analysis of jumps is a quarter of its time
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
     local = [name for name in instructions if name.startswith(("LDL", "STL"))]
     return {
@@ -160,9 +160,9 @@ def _first(pattern: str, text: str) -> str:
 # ---- the table ----------------------------------------------------------------------------------------------------------------------
 
 
-def rows(op: FusedOp) -> list[dict[str, Any]]:
-    """What each kernel of an op costs: float32 at the first large case on every target, at the others on one a maker; bfloat16 on sm_90."""
-    wanted = [(case, "float32", ("sm_90", "gfx942") if i else tuple(TARGETS)) for i, case in enumerate(_large(op, torch.float32))]
+def rows(op: FusedOp, targets: Sequence[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
+    """What each kernel of an op costs: float32 on all `targets` at the first large case, on one a maker at others; bfloat16 on sm_90."""
+    wanted = [(case, "float32", ("sm_90", "gfx942") if i else targets) for i, case in enumerate(_large(op, torch.float32))]
     wanted += [(case, "bfloat16", ("sm_90",)) for case in _large(op, torch.bfloat16)[:1]]
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for case, dtype, names in wanted:

@@ -5,13 +5,14 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
+
 try:  # an interpreter without beartype (a borrowed GPU machine) runs the same tests unchecked
     import beartype  # noqa: F401
-    from jaxtyping import install_import_hook
 
     # The mathematics alone: there the shape annotations live, and there they are worth the time of a check.
     MATHS = ["distributions", "likelihoods", "modality", "modalities", "noise", "objectives", "priors", "types"]
-    install_import_hook([f"meme_dist.{name}" for name in MATHS], "beartype.beartype")
+    jaxtyping.install_import_hook([f"meme_dist.{name}" for name in MATHS], "beartype.beartype")
 except ImportError:
     pass
 
@@ -35,6 +36,12 @@ def fixed_seed() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request: pytest.FixtureRequest) -> None:
+    """Shapes and types are checked at every call, a third of the time, but where a test makes the same calls hundreds of times."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("repeats") is not None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,6 +26,7 @@ PRELOAD = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "accelerate",
+    "tests.launching",
     "tests.trainings",
     "meme_dist.train.trainer",
     "pytest",

@@ -4,18 +4,20 @@ import ast
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "meme_dist").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
-FUNCTIONS = [
-    (path, node)
-    for path in SOURCES
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-]
+
+
+@cache
+def functions() -> list[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of the sources and the file that it stands in."""
+    trees = [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES]
+    return [(path, node) for path, tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -38,12 +40,12 @@ def test_no_file_has_more_than_400_lines() -> None:
 
 
 def test_no_function_has_more_than_80_lines() -> None:
-    sizes = {named(path, function): (function.end_lineno or 0) - function.lineno + 1 for path, function in FUNCTIONS}
+    sizes = {named(path, function): (function.end_lineno or 0) - function.lineno + 1 for path, function in functions()}
     assert {name: size for name, size in sizes.items() if size > 80} == {}
 
 
 def test_half_of_the_functions_have_at_most_12_lines() -> None:
-    assert statistics.median(length(function) for _, function in FUNCTIONS) <= 12
+    assert statistics.median(length(function) for _, function in functions()) <= 12
 
 
 def test_the_folder_kernels_is_no_package() -> None:

@@ -34,6 +34,8 @@ from meme_dist.recipes.keywords import flatten
 from meme_dist.run import WriteTo
 from tests.ranks import forkserver
 
+pytestmark = pytest.mark.repeats
+
 QUIET = Console(quiet=True)
 SMALL = ["--steps", "6", "--samples", "2", "--latent-dim", "2", "--batch-size", "8", "--pseudo-inputs", "4"]
 TINY = [*SMALL, "--rows-in-all", "40"]

@@ -304,8 +304,9 @@ def test_a_hanging_rank_is_named_within_the_time_limit() -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_accelerate_launch_with_each_file_gives_the_updates_of_one_process_to_1e_6(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_accelerate_launch_gives_the_updates_of_one_process_to_1e_6(engine: str, tmp_path: Path) -> None:
+    """One of each of Accelerate's two kinds of launch; tests/test_engines.py trains in the environment that every file makes."""
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install -e '.[deepspeed]' in the project's folder")
     config = ROOT / "launch" / "accelerate" / f"{engine}.yaml"

@@ -19,6 +19,7 @@ from meme_dist.train.engines.base import Layout
 from meme_dist.train.engines.placed import Placed
 from meme_dist.train.engines.zero import Zero
 from meme_dist.train.trainer import NonFiniteError, Trainer, Training
+from tests.launching import environment_of
 from tests.ranks import run_ranks
 from tests.trainings import Rows, build, mixed
 
@@ -28,10 +29,10 @@ BATCH = 8
 
 
 def launched(engine: str) -> dict[str, str]:
-    """The environment in which `accelerate launch` starts a process for this engine."""
-    if engine == "fsdp2":
-        return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine[-1]} if engine.startswith("zero") else {}
+    """What `accelerate launch` with the engine's file sets for a process; modalities are placed in any launch."""
+    if engine == "modality":
+        return {}
+    return {name: value for name, value in environment_of(engine).items() if name.startswith(("ACCELERATE", "FSDP"))}
 
 
 def needs(engine: str) -> None:

@@ -1,6 +1,5 @@
 """The launch files ask for what they are named after and for nothing that belongs to the run, and the scripts pass everything on."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -10,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from meme_dist.train.engines.strategy import Strategy, requested
+from tests.launching import environment_of
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 ENGINES = {
@@ -54,17 +53,6 @@ def run(script: str, *words: str, **environment: str) -> tuple[int, list[str]]:
     """Exit status and the lines said."""
     done = subprocess.run(["bash", str(LAUNCH / script), *words], capture_output=True, text=True, timeout=30, env=environment)
     return done.returncode, (done.stdout + done.stderr).splitlines()
-
-
-def environment_of(engine: str, *words: str) -> dict[str, str]:
-    """What `accelerate launch` with that file would set for its processes."""
-    arguments = ["--config_file", str(LAUNCH / "accelerate" / f"{engine}.yaml"), "--main_process_port", "0", *words, "-m", "meme_dist"]
-    parsed: argparse.Namespace = launch_command_parser().parse_args(arguments)
-    parsed, defaults, _ = _validate_launch_command(parsed)
-    if not parsed.use_deepspeed:
-        return prepare_multi_gpu_env(parsed)
-    parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    return prepare_deepspeed_cmd_env(parsed)[1]
 
 
 # ---- configurations of Accelerate -------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ from meme_dist.objectives.meme import MEME
 from meme_dist.types import Sums, pack_dense
 from tests.planted import CLASSES, modality, planted, rows, shown
 
+pytestmark = pytest.mark.repeats
+
 ROTATED = [1, 2, 3, 0]
 
 

@@ -23,6 +23,8 @@ from meme_dist.train.trainer import NonFiniteError, Trainer, Training
 from tests.ranks import run_ranks
 from tests.trainings import SHARDED, Rows, build, mixed, shards, stream, weights
 
+pytestmark = pytest.mark.repeats
+
 BATCH = 8
 
 

@@ -40,6 +40,8 @@ from meme_dist.refine_command import main
 from meme_dist.types import Batch, pack, pack_dense
 from tests.objectives.rivals import EVENT, NAMES, PATTERNS, SPREAD, D, build, rows
 
+pytestmark = pytest.mark.repeats
+
 KERNELS = pytest.mark.parametrize("kernel", [HMC(leapfrogs=4), MALA, ULA(), MAP(rate=0.4)], ids=["hmc", "mala", "ula", "map"])
 KINDS: dict[type[Objective], dict[str, Any]] = {
     MEME: {"pseudo_inputs": 3},

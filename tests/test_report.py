@@ -16,6 +16,8 @@ from meme_dist.data.fields import Field
 from meme_dist.evaluate import Measured, Measures, measure
 from tests.planted import CLASSES, modality, planted, rows, shown
 
+pytestmark = pytest.mark.repeats
+
 VECTOR = Field(kind="vector", shape=(CLASSES,), codec="npy", likelihood="normal")
 LETTERS = Field(kind="text", shape=(6,), codec="txt", likelihood="categorical", vocabulary=("<pad>", "<unk>", "<eos>", *"enosvz"))
 WORDS = Field(kind="text", shape=(8,), codec="txt", likelihood="categorical", vocabulary=("<pad>", "<unk>", "<eos>", "a", "small", "bird"))

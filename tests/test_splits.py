@@ -12,6 +12,8 @@ from meme_dist.data.fields import Field
 from meme_dist.data.shards import Dataset, Row, write_shards
 from meme_dist.data.validation import with_validation
 
+pytestmark = pytest.mark.repeats
+
 TINY = ["--samples", "2", "--pseudo-inputs", "4", "--latent-dim", "3", "--batch-size", "8", "--steps", "2", "--no-evaluate"]
 FIELDS = {name: Field(kind="vector", shape=(size,), codec="npy", likelihood="normal") for name, size in (("a", 3), ("b", 2))}
 

@@ -18,6 +18,8 @@ from meme_dist.train.training import learning_rate, trajectory
 from tests.ranks import forkserver
 from tests.trainings import SHARDED, Rows, build, mixed, shards, stream, weights
 
+pytestmark = pytest.mark.repeats
+
 SETTINGS: dict[str, Any] = {"steps": 20, "batch_size": 16, "log_every": 1, "ema": 0.9, "clip": 30.0, "schedule": "cosine", "warmup": 3}
 
 

@@ -8,10 +8,11 @@ process of them), the prediction uses all rows through them (projected process; 
     mean = k_m(z)' A^-1 K_mn y,   var = k(z, z) - k_m(z)' K_mm^-1 k_m(z) + s^2 k_m(z)' A^-1 k_m(z),   A = s^2 K_mm + K_mn K_nm
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
@@ -86,7 +87,7 @@ def predictivity(predicted: np.ndarray, y: np.ndarray, *, unit: float) -> Predic
 def expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
     """E max(f - best, 0) where f ~ N(mean, deviation^2): what a trial is worth to one who looks for high values (Mockus 1975)."""
     gain, safe = mean - best, np.maximum(deviation, 1e-12)
-    return gain * stats.norm.cdf(gain / safe) + safe * stats.norm.pdf(gain / safe)
+    return gain * special.ndtr(gain / safe) + safe * np.exp(-0.5 * (gain / safe) ** 2) / math.sqrt(2 * math.pi)
 
 
 def _different(z: np.ndarray, order: np.ndarray, most: int) -> list[int]:

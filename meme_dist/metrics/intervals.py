@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from scipy import stats
+from scipy import special  # `scipy.stats` takes a second to import, in every command
 
 from meme_dist.types import Sums
 
@@ -113,8 +113,8 @@ def _wilson(share: float, count: float, level: float) -> tuple[float, float]:
 
 
 def _normal_quantile(level: float) -> float:
-    return float(stats.norm.ppf((1 + level) / 2))
+    return float(special.ndtri((1 + level) / 2))
 
 
 def _student_quantile(level: float, freedom: int) -> float:
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+    return float(special.stdtrit(freedom, (1 + level) / 2))

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -73,21 +74,24 @@ def smallest_cases(count: int, *, stopped: bool = True) -> Callable[..., Any]:
     """
     chosen = []
     for op in OPS:
-        mine = [(size, name, pair) for pair, name, size in _ALL if pair.op is op and _telling(pair.case())]
-        mine = [entry for entry in mine if stopped or not _stops(entry[2].case())]
+        mine = [(size, name, pair) for pair, name, size in _ALL if pair.op is op and _telling(pair)]
+        mine = [entry for entry in mine if stopped or not _stops(entry[2])]
         chosen += [pytest.param(pair, id=name) for _, name, pair in sorted(mine, key=lambda entry: entry[0])[:count]]
     return pytest.mark.parametrize("pair", chosen)
 
 
-def _stops(case: Case) -> bool:
+@cache
+def _stops(pair: Pair) -> bool:
     """A gradient is stopped by the op's own definition, so difference quotients are not the gradient."""
+    case = pair.case()
     weights = case.settings.get("estimator") in ("released", "rao_blackwell")
     return case.settings.get("path_gradient", False) or case.settings.get("stop_gradient", weights)
 
 
-def _telling(case: Case) -> bool:
+@cache
+def _telling(pair: Pair) -> bool:
     """Two axes that could be confused would show: none is empty, and two lengths above 1 occur."""
-    sizes = {size for x in tensors(case) for size in x.shape}
+    sizes = {size for x in tensors(pair.case()) for size in x.shape}
     return 0 not in sizes and len(sizes - {1}) > 1
 
 

@@ -24,6 +24,8 @@ from meme_dist.types import Batch, pack_dense
 from tests.ranks import run_ranks
 from tests.test_inference import leaves
 
+pytestmark = pytest.mark.repeats
+
 VOCABULARY = ("<pad>", "<unk>", "<eos>", *"abcdefg")
 FIELDS = {
     "image": Field(kind="image", shape=(1, 6, 6), codec="png", likelihood="normal"),
