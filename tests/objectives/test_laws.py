@@ -195,6 +195,7 @@ def test_every_objective_is_in_the_table() -> None:
     assert set(CLASSES) - set(TABLE) == set()
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(("kind", "case"), VALUES)
 def test_the_bound_never_exceeds_the_exact_evidence(kind: Any, case: Case) -> None:
     """Encoders of any quality; good ones, which leave the bound no room: the next test."""
@@ -245,6 +246,7 @@ def lone_posterior(slope: Sequence[float], noise: float, private: int) -> Modali
     return modality
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(("kind", "case"), [c for c in VALUES if c.values[1].tight])
 def test_the_bound_is_tight_when_the_joint_posterior_is_exact(kind: Any, case: Case) -> None:
     slopes, noises = [[1.0, -0.8, 0.9], [0.6, 1.2, -0.7], [-1.1, 0.9, 1.3]], [0.7, 0.9, 0.8]
@@ -261,6 +263,7 @@ def test_the_bound_is_tight_when_the_joint_posterior_is_exact(kind: Any, case: C
             assert slack < 0.15 and mean >= exact - slack - 1e-6, observed
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(("kind", "case"), [c for c in VALUES if "samples" in c.values[1].keywords and not c.values[1].evidence])
 def test_an_importance_weighted_bound_does_not_fall_with_the_number_of_samples(kind: Any, case: Case) -> None:
     objective = build(kind, case, linear)

@@ -92,6 +92,7 @@ def evidence(objective, x, observed, i):
     return logsumexp([normal_log_prob(e, x[names[i]], lead) for e in experts]) - math.log(len(experts))
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize(
     "estimator, combination, shared",
     [*((e, c, True) for e in ESTIMATORS for c in COMBINATIONS), *(("resampled", c, False) for c in COMBINATIONS)],
