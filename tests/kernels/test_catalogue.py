@@ -77,7 +77,7 @@ def strided(x: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
-@pytest.mark.skipif(LANE == "interpreter", reason="test_sanitized repeats every case in two other orders of the programs")
+@pytest.mark.skipif(LANE == "interpreter", reason="test_sanitized repeats every case in another order of the programs")
 @every_case
 def test_repeated_calls_agree_bit_for_bit(pair: Pair) -> None:
     case = pair.case()

