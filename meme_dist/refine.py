@@ -164,9 +164,14 @@ def check_tempers(names: Collection[str], tempers: Mapping[str, float]) -> None:
 
 
 def _weights(objective: Objective, names: list[str], temper: float | Mapping[str, float]) -> list[float]:
-    """What multiplies each modality's weighted log-likelihood, so that its own weight drops out."""
+    """What multiplies each modality's weighted log-likelihood, so that its own weight drops out.
+
+    Raises ValueError for a modality whose weight is 0: its decoder was not trained, so nothing is known of its likelihood.
+    """
     tempers = temper if isinstance(temper, Mapping) else dict.fromkeys(names, temper)
     check_tempers(names, tempers)
+    if untrained := [name for name in names if not objective.modality(name).weight]:
+        raise ValueError(f"{', '.join(untrained)}: trained with weight 0, so its likelihood cannot refine; leave it out of modalities")
     return [tempers.get(name, 1.0) / objective.modality(name).weight for name in names]
 
 

@@ -375,6 +375,7 @@ def test_likelihoods_ignore_training_weights_chunks_and_absent_content() -> None
     poisoned = {name: torch.where(observed[name][:, None], value, torch.nan) for name, value in x.items()}
     for other in (
         bounds(linear_model(1.3, weight=7.0), x, observed, asked, samples=(1, 20)),
+        bounds(linear_model(1.3, weight=0.0), x, observed, asked, samples=(1, 20)),
         bounds(linear_model(1.3), x, observed, asked, samples=(1, 20), chunk=3),
         bounds(linear_model(1.3), poisoned, observed, asked, samples=(1, 20)),
     ):

@@ -221,6 +221,11 @@ def test_borders_are_checked() -> None:
     with pytest.raises(ValueError, match="at least 0, got {'a': -1.0"):
         refine(objective, batch, temper=-1.0)
     assert Target(objective, batch, []).weight == []
+    objective.modalities["a"].weight = 0.0
+    with pytest.raises(ValueError, match="a: trained with weight 0, so its likelihood cannot refine"):
+        refine(objective, batch)
+    refine(objective, batch, modalities=["b"], budget=2)
+    objective.modalities["a"].weight = 1.0
     with pytest.raises(ValueError, match=r"temper: expected some of \['a', 'b', 'c'\].*got \['d'\]"):
         Refining(objective, temper={"d": 0.5})
     with pytest.raises(ValueError, match="leapfrogs: expected at least 1, got 0"):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from meme_dist.distributions import wide
 from meme_dist.metrics.rows import Metric, add_up, holds, joined, noise_of
 from meme_dist.objectives.base import Objective
 from meme_dist.types import Batch, Sums
@@ -102,9 +103,9 @@ def _own(
 
 
 def _log_prob(objective: Objective, name: str, x: Shaped[Tensor, "R *event"], z: Float[Tensor, "K R D"]) -> Float[Tensor, "K R"]:
-    """log p(x | z) itself: a modality's weight tempers training, and no likelihood."""
+    """log p(x | z) itself: a modality's weight, which may be 0, tempers training, and no likelihood."""
     modality = objective.modality(name)
-    return modality.log_prob(x, z) / modality.weight
+    return modality.likelihood.log_prob(x, wide(modality.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2]))
 
 
 def _bound(log_weight: Float[Tensor, "K R"], num: int) -> Float[Tensor, " R"]:

@@ -100,7 +100,8 @@ class MMVAE(Objective):
             samples = self._followed(samples, q, batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.resampled):
             table = self.reconstructions(batch, samples.z, private=samples.private)
-        log_weight = self._log_weight(table.sum(1), samples, batch)
+        explained, ratio = table.sum(1), self._log_ratio(samples, batch)
+        log_weight = explained + self.beta * ratio
         weighted = importance_weighted(log_weight, batch.observed.T, tight=self.tight)
         if self.resampled:
             through = self._resampled(batch, samples, q, weighted)
@@ -108,7 +109,9 @@ class MMVAE(Objective):
             through = (weighted.weight * log_weight).sum((0, 1))
             self._double(samples, self._second(weighted, batch))
         through = through + self._apart(samples, q, weighted, batch)
-        return Loss(-surrogate(weighted.bound, through).sum(), self._terms(batch, weighted, table))
+        # The loss is a bound of the evidence at beta = 1 alone; what is reported is one at any.
+        bound = importance_weighted((explained + ratio).detach(), batch.observed.T, tight=self.tight).bound
+        return Loss(-surrogate(weighted.bound, through).sum(), self._terms(batch, weighted, bound, table))
 
     def _sampled(self, q: Diagonal, own: Mapping[str, Diagonal], batch: Batch) -> "Samples":
         names, stopped = list(batch.modalities), self.gradient != "iwae"
@@ -123,9 +126,10 @@ class MMVAE(Objective):
         """Samples of the modalities' own latents, and log p - log q of those of each source; MMVAE has none."""
         return {}, None
 
-    def _log_weight(self, explained: Float[Tensor, "S K B"], samples: "Samples", batch: Batch) -> Float[Tensor, "S K B"]:
+    def _log_ratio(self, samples: "Samples", batch: Batch) -> Float[Tensor, "S K B"]:
+        """log p - log q of all latents; log w is the log-likelihoods and beta times it."""
         mixture = mixture_of(samples.density.transpose(0, 1), batch.observed.T[:, None, None])
-        return explained + self.beta * (self.standard.density().log_prob(samples.z) - mixture + samples.ratio)
+        return self.standard.density().log_prob(samples.z) - mixture + samples.ratio
 
     def _second(self, weighted: Weighted, batch: Batch) -> Float[Tensor, "S K B"]:
         """A sample's weight within the bound that it is part of: that of its modality, or the tight one."""
@@ -168,27 +172,28 @@ class MMVAE(Objective):
             chosen, second = _merged(samples).at(index), second.flatten(0, 1)[None].gather(1, index[:, None])
             chosen = self._followed(chosen, q, batch)
             self._double(chosen, second)
-            explained = self.explanations(batch, chosen.z, private=chosen.private)
-            return torch.where(batch.observed.any(1), self._log_weight(explained.sum(1), chosen, batch)[0, 0], 0.0)
+            explained = self.explanations(batch, chosen.z, private=chosen.private).sum(1)
+            log_weight = explained + self.beta * self._log_ratio(chosen, batch)
+            return torch.where(batch.observed.any(1), log_weight[0, 0], 0.0)
         chosen, second = self._followed(samples.at(index), q, batch), second.gather(1, index[:, None])
         self._double(chosen, second)
-        log_weight = self._log_weight(self.reconstructions(batch, chosen.z, private=chosen.private).sum(1), chosen, batch)[:, 0]
-        observed = batch.observed.T
-        return torch.where(observed, log_weight, 0.0).sum(0) / observed.sum(0).clamp(min=1)
+        explained = self.reconstructions(batch, chosen.z, private=chosen.private).sum(1)
+        log_weight, observed = explained + self.beta * self._log_ratio(chosen, batch), batch.observed.T
+        return torch.where(observed, log_weight[:, 0], 0.0).sum(0) / observed.sum(0).clamp(min=1)
 
     def _uniform(self, batch: Batch) -> Float[Tensor, "G B"]:
         noise = Noise(batch.seed, batch.draw)
         groups = ["all"] if self.tight else list(batch.modalities)
         return torch.stack([noise.uniform(f"{name}/resample", 1, 1)[0, :, 0] for name in groups])
 
-    def _terms(self, batch: Batch, weighted: Weighted, table: Float[Tensor, "N N K B"]) -> Mapping[str, Sums]:
-        own, rows = table.detach().diagonal(dim1=0, dim2=1).mean(0).T, batch.observed.any(1).sum().to(weighted.bound.dtype)
+    def _terms(self, batch: Batch, weighted: Weighted, bound: Float[Tensor, " B"], table: Float[Tensor, "N N K B"]) -> Mapping[str, Sums]:
+        own, rows = table.detach().diagonal(dim1=0, dim2=1).mean(0).T, batch.observed.any(1).sum().to(bound.dtype)
         counts = batch.observed.sum(0).to(own.dtype)
         terms = {f"reconstruction/{name}": Sums(own[i].sum(), counts[i]) for i, name in enumerate(batch.modalities)}
         share = self._second(weighted, batch).to(own.dtype)
         ess = torch.where(batch.observed.any(1), 1 / share.square().sum((0, 1) if self.tight else 1).clamp(min=1e-9), 0.0)
         ess = ess if self.tight else torch.where(batch.observed.T, ess, 0.0).sum(0) / batch.observed.sum(1).clamp(min=1)
-        return terms | {"bound": Sums(weighted.bound.detach().sum(), rows), "ess": Sums(ess.sum(), rows)}
+        return terms | {"bound": Sums(bound.sum(), rows), "ess": Sums(ess.sum(), rows)}
 
 
 class Samples(NamedTuple):

@@ -26,6 +26,7 @@ from meme_dist.distributions import DiagLaplace, DiagNormal
 from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
+from meme_dist.pooled import Pooled
 from meme_dist.train.trainer import Trainer, Training
 from meme_dist.types import Batch, pack, pack_dense
 from tests.objectives import test_meme as meme
@@ -205,6 +206,35 @@ def test_the_bound_never_exceeds_the_exact_evidence(kind: Any, case: Case) -> No
         x = {n: torch.randn(EVENT).double() for n in NAMES}
         mean, slack = mean_bound(objective, x, observed)
         assert mean <= (case.evidence or evidence)(objective, x, observed) + slack + 1e-9, observed
+
+
+@every_case
+def test_what_is_reported_is_a_bound_whatever_weights_the_divergences_have(kind: Any, case: Case) -> None:
+    """`bound` compares objectives and their settings: a weight of training is no part of it."""
+    objective, (x, observed) = build(kind, case), all_patterns()
+    batch = pack_dense(x, observed)
+    weights = [name for name in ("beta", "cross_weight", "block_weight") if hasattr(objective, name)]
+    assert weights or kind.__name__ == "MMVM"
+    for name in weights:
+        reported, losses = [], []
+        for value in (1.0, 0.3, 2.5):
+            setattr(objective, name, value)
+            loss = objective(batch)
+            reported.append(loss.terms["bound"].total)
+            losses.append(loss.total)
+        assert torch.stack(reported[1:]).allclose(reported[0], rtol=1e-12) and (name != "beta" or losses[1] != losses[0])
+
+
+@every_objective
+def test_pooling_what_one_modality_says_is_what_it_says(kind: Any, case: Case) -> None:
+    """Encoders that are no posteriors are not pooled at all."""
+    objective, batch, z = build(kind, case), rows_of((1, 0, 0), 5), torch.randn(4, 5, D).double()
+    for rule in ("mixture", "product", "holder"):
+        if kind.__name__ in ("MVAE", "CSVAE"):
+            with pytest.raises(ValueError, match="leave --pool out"):
+                Pooled(objective, rule)
+        else:
+            torch.testing.assert_close(Pooled(objective, rule).infer(batch).log_prob(z), objective.infer(batch).log_prob(z))
 
 
 @pytest.mark.parametrize(("kind", "case"), [c for c in FIRST if not c.values[1].evidence])
