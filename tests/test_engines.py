@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from meme_dist.modalities.graph import graph
 from meme_dist.modalities.graph_types import OneHot
 from meme_dist.objectives.meme import MEME
-from meme_dist.train import checkpoint
+from meme_dist.train import checkpoint, keeper
 from meme_dist.train.engines.base import Layout
 from meme_dist.train.engines.placed import Placed
 from meme_dist.train.engines.zero import Zero
@@ -59,6 +60,16 @@ def trajectory(rank: int, world: int, engine: str, mask: np.ndarray, **settings:
     trainer = trainer_on(engine, rank, world, mask, **settings)
     reports = list(trainer)
     return {"loss": [r.loss for r in reports], "norm": [r.gradient_norm for r in reports], "terms": reports[-1].terms, **whole(trainer)}
+
+
+def patience_of(rank: int, world: int, engine: str, port: int) -> float:
+    """Seconds that a rank of a real start-up, which makes the process group itself, waits for another in a collective."""
+    torch.distributed.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    trainer = trainer_on(engine, rank, world, mixed("abc"))
+    assert trainer.world == world
+    group = torch.distributed.distributed_c10d._get_default_group()
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def whole(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -340,3 +351,16 @@ def test_in_bf16_every_engine_trains_and_evaluates_like_one_process_in_bf16(engi
     for came in run_ranks(in_bf16, 2, engine):
         assert came[0] == pytest.approx(losses, rel=2e-3)
         assert came[1] == pytest.approx(loss, rel=2e-3) and came[2] == "torch.bfloat16"
+
+
+# ---- waiting for one another ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_collectives_wait_longer_than_any_rank_takes_on_its_own(engine: str) -> None:
+    """NCCL's own limit is 10 minutes: a checkpoint that takes rank 0 longer would end the others. gloo's is half an hour."""
+    needs(engine)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert min(run_ranks(patience_of, 2, engine, port)) >= keeper.PATIENCE + 600

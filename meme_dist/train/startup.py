@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,8 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from meme_dist.train.checkpoint import fingerprint
 from meme_dist.train.engines.base import Engine
 from meme_dist.train.engines.strategy import hidden
+from meme_dist.train.keeper import PATIENCE
 from meme_dist.train.log import TRACKER
 from meme_dist.train.training import Training
+
+# Ranks wait in a collective while one of them writes or reads for PATIENCE: NCCL's own limit of 10 minutes would end them before that.
+LIMIT = timedelta(seconds=2 * PATIENCE)
 
 
 def accelerator(folder: Path | None) -> Accelerator:
@@ -36,6 +41,7 @@ def accelerator(folder: Path | None) -> Accelerator:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=None if folder is None else TRACKER,
             project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LIMIT)],  # for every engine: `hidden` has them all start from this group
         )
 
 
