@@ -98,6 +98,42 @@ def test_a_rank_that_is_gone_is_named(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "Behind: rank 1 (no heartbeat file: it ended, or does not share the run's folder)" in capfd.readouterr().err
 
 
+NOBODYS = {
+    "nothing": b"",
+    "cut": b'{"rank": 1, "bea',
+    "no text": bytes(range(128, 256)),
+    "a list": b"[]",
+    "a number": b"7",
+    "another's": b'{"step": 3}',
+    "too deep": b"[" * 100_000,
+    "words": b'{"rank": 1, "beats": "9", "step": 5, "where": "data", "idle": "long"}',
+    "no beats": b'{"rank": 1, "beats": null, "step": 5, "where": "data", "idle": 0.0}',
+    "not a number": b'{"rank": 1, "beats": 9, "step": 5, "where": "data", "idle": NaN}',
+    "the future": b'{"rank": 1, "beats": 9, "step": 5, "where": "data", "idle": -1e9}',
+    "a large number": b'{"rank": 1, "beats": 9, "step": 5, "where": "data", "idle": 1%s}' % (b"0" * 400),
+}
+
+
+@pytest.mark.parametrize("content", NOBODYS.values(), ids=NOBODYS.keys())
+def test_whatever_lies_in_another_ranks_file_the_alarm_comes(tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes) -> None:
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "rank-00001.json").write_bytes(content)
+    ended: list[int] = []
+    with Heart(tmp_path, rank=0, world=2, end=ended.append, patience=0.1, interval=0.02):
+        assert until(lambda: ended == [HUNG], 3.0)
+    assert "Behind: rank 1 (no heartbeat file that can be read" in capfd.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_in_utf8_silences_no_alarm(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir()
+    odd = b'{"rank": 1, "beats": 0, "step": 5, "where": "\\ud800", "idle": 9.0}'
+    (tmp_path / FOLDER / "rank-00001.json").write_bytes(odd)
+    ended: list[int] = []
+    with Heart(tmp_path, rank=0, world=2, end=ended.append, patience=0.1, interval=0.02) as heart:
+        heart.beat("data", 5)
+        assert until(lambda: ended == [HUNG], 3.0)
+
+
 def test_a_rank_whose_machine_is_gone_is_silent_and_named(tmp_path: Path) -> None:
     places = [Standing(0, 9, 5, "update", 40.0), Standing(1, 9, 5, "update", 0.0, host="far", pid=7)]
     (tmp_path / FOLDER).mkdir()

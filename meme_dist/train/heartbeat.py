@@ -1,7 +1,7 @@
 """Who stands still, and who is slow.
 
-A rank that hangs makes all others wait in their next collective, for half an hour with the default time limits and without a word about
-whom they wait for. Here every rank has a watchdog thread that notes in a small file where its main thread is. Once no rank has moved for
+A rank that hangs makes all others wait in their next collective, for an hour (`startup.LIMIT`) and without a word about whom they wait
+for. Here every rank has a watchdog thread that notes in a small file where its main thread is. Once no rank has moved for
 `patience` seconds, each names the ranks that are behind, prints what all its threads are doing and ends its process, so that the launcher
 takes the job down and a supervisor can start it again.
 """
@@ -26,7 +26,7 @@ from meme_dist.train.signals import tell
 
 FOLDER = "heartbeats"  # in the run's folder
 HUNG = 124  # exit status of a process that its watchdog ended, that of timeout(1)
-PATIENCE = 300.0  # seconds without a move; below the 600 of NCCL's own watchdog, which names nobody
+PATIENCE = 300.0  # seconds without a move; far below the limit of collectives, which names nobody
 INTERVAL = 10.0  # seconds between two looks: one small file written a rank
 KINDS = ("data", "forward")  # phases that a rank goes through on its own; from the backward pass on it waits for others
 SLOW = 1.5  # a straggler takes this many times the median
@@ -151,7 +151,7 @@ class Heart:
     def _alarm(self, standings: Sequence[Standing]) -> None:
         text = f"rank {self.rank} of {self.world}: no rank has moved for {self.patience:.0f} s. {behind(standings, self.interval)} "
         text += f"This process ends with status {HUNG}; what its threads are doing:\n"
-        os.write(2, text.encode())  # not through sys.stderr: a thread that hangs may hold its lock
+        os.write(2, text.encode(errors="replace"))  # not through sys.stderr: a thread that hangs may hold its lock
         faulthandler.dump_traceback(2, all_threads=True)
         tell(HUNG)
         self.end(HUNG)
@@ -166,18 +166,37 @@ def write(folder: Path, standing: Standing) -> None:
 
 
 def read(folder: Path, rank: int, world: int) -> list[Standing]:
-    """Where all ranks of this training stand; one without a file is gone. Ages are differences of files' times: no clocks are compared."""
+    """Where all ranks of this training stand; one whose file is missing or says something else is not heard of.
+
+    Ages are differences of files' times: no clocks are compared.
+    """
     newest = _file(folder, rank).stat().st_mtime
     found = []
     for other in range(world):
         path = _file(folder, other)
         try:
-            standing = Standing(**json.loads(path.read_text(encoding="utf-8")))
+            standing = _parsed(path.read_bytes(), other)
             silent = max(0.0, newest - path.stat().st_mtime)
         except FileNotFoundError:
-            standing, silent = Standing(other, -1, 0, "gone", math.inf), math.inf
+            standing, silent = _unheard(other, "no heartbeat file"), math.inf
         found.append(standing._replace(idle=standing.idle + silent, silent=silent))
     return found
+
+
+def _parsed(content: bytes, rank: int) -> Standing:
+    """What a rank's file says: that of a machine that lost power may be empty, and anything may lie there under its name."""
+    try:
+        standing = Standing(**json.loads(content))
+        idle = float(standing.idle)
+        if isinstance(standing.beats, int) and standing.beats >= 0 and idle >= 0:  # NaN is neither
+            return standing._replace(rank=rank, idle=idle)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        pass
+    return _unheard(rank, "no heartbeat file that can be read")
+
+
+def _unheard(rank: int, why: str) -> Standing:
+    return Standing(rank, -1, 0, why, math.inf)
 
 
 def behind(standings: Sequence[Standing], interval: float = INTERVAL) -> str:
@@ -193,7 +212,7 @@ def behind(standings: Sequence[Standing], interval: float = INTERVAL) -> str:
 
 def _described(standing: Standing, interval: float) -> str:
     if standing.beats < 0:
-        return f"rank {standing.rank} (no heartbeat file: it ended, or does not share the run's folder)"
+        return f"rank {standing.rank} ({standing.where}: it ended, or does not share the run's folder)"
     place = f"step {standing.step}, {standing.where}, process {standing.pid} on {standing.host}"
     quiet = f", its watchdog silent for {standing.silent:.0f} s: stopped, or its machine gone" if standing.silent > 3 * interval else ""
     return f"rank {standing.rank} ({place}{quiet})"
