@@ -104,14 +104,15 @@ def write_until(folder: Path, number: int, at: int) -> bool:
     return True
 
 
-def test_killed_at_any_operation_and_again_at_any_a_whole_checkpoint_is_there(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("name", ["last", "lr[0.1]", "a b"])
+def test_killed_at_any_operation_and_again_at_any_a_whole_checkpoint_is_there(tmp_path: Path, monkeypatch: Any, name: str) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # for the time it takes; a killed process loses nothing that it gave to the system
-    write(tmp_path / "count" / "last", version(0))
-    operations = next(at - 1 for at in range(1, 99) if write_until(tmp_path / "count" / "last", at, at))
+    write(tmp_path / "count" / name, version(0))
+    operations = next(at - 1 for at in range(1, 99) if write_until(tmp_path / "count" / name, at, at))
     assert operations >= 8
     for first in range(1, operations + 3):
         for second in range(1, operations + 3):
-            folder = tmp_path / f"{first}-{second}" / "last"
+            folder = tmp_path / f"{first}-{second}" / name
             write(folder, version(1))
             newest = 2 if write_until(folder, 2, first) else 1
             assert number_in(folder) in {newest, 2}
@@ -120,7 +121,7 @@ def test_killed_at_any_operation_and_again_at_any_a_whole_checkpoint_is_there(tm
             assert number_in(folder) in ({3} if finished else {newest, 3})
             write(folder, version(4))
             assert number_in(folder) == 4
-            assert [path.name for path in folder.parent.iterdir()] == ["last"]
+            assert [path.name for path in folder.parent.iterdir()] == [name]
 
 
 def save_for_ever(folder: Path) -> None:

@@ -1,7 +1,11 @@
 """What a training survives: damaged checkpoints, steps that are not finite, jumps of the loss, being told to stop."""
 
+import errno
 import json
+import math
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 from rich.console import Console
 
 from meme_dist.data.index import Manifest
-from meme_dist.leave import WRITER
+from meme_dist.leave import FAILED, WRITER, status_of
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import unflatten
@@ -144,6 +148,86 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_said(tmp_
     assert notes(tmp_path) and f"passed over a damaged checkpoint: {path}" in notes(tmp_path)[0]
     run(again, save_at=(4,))
     assert all(torch.equal(p, weights(trainer.objective)[name]) for name, p in again.objective.named_parameters())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class FailingDisk:
+    """Reads of a checkpoint's files below a folder fail with an error of the disk, the first `times` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, number: int = errno.EIO, times: float = math.inf):
+        self.folder, self.number, self.left, read = folder, number, times, Path.open
+
+        def opened(path: Path, *values: Any, **keywords: Any) -> Any:
+            if path.suffix == ".safetensors" and self.folder in path.parents and self.left > 0:
+                self.left -= 1
+                raise OSError(self.number, os.strerror(self.number), str(path))
+            return read(path, *values, **keywords)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_whatever_damaged_the_newest_checkpoint_a_run_goes_on_from_the_one_before_and_saves_again(
+    tmp_path: Path, file: str, damage: Callable[[Path], object]
+) -> None:
+    run(trainer_on(tmp_path, {}), save_at=(2, 4))
+    path = tmp_path / "checkpoints" / "last" / file
+    damage(path)
+    again = trainer_on(tmp_path, {})
+    assert again.resume() and again.step == 2
+    assert len(notes(tmp_path)) == 1 and str(path) in notes(tmp_path)[0]
+    run(again, save_at=(4, 5))
+    assert checkpoint.verify(tmp_path / "checkpoints" / "last")["step"] == 5
+    assert [path.name for path in checkpoint.older(tmp_path / "checkpoints" / "last")] == ["last-00000004"]
+
+
+@pytest.mark.parametrize("number", checkpoint.UNREADABLE)
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run(trainer_on(tmp_path, {}), save_at=(2, 4))
+    again = trainer_on(tmp_path, {})
+    FailingDisk(monkeypatch, tmp_path / "checkpoints" / "last", number)
+    assert again.resume() and again.step == 2
+    assert len(notes(tmp_path)) == 1 and os.strerror(number) in notes(tmp_path)[0]
+
+
+def test_a_disk_that_fails_once_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(trainer_on(tmp_path, {}), save_at=(2, 4))
+    again = trainer_on(tmp_path, {})
+    FailingDisk(monkeypatch, tmp_path / "checkpoints" / "last", times=1)
+    assert again.resume() and again.step == 4 and notes(tmp_path) == []
+
+
+def test_a_disk_that_reads_no_checkpoint_at_all_is_a_failure_that_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor tries again after it, where a checkpoint that is wrong is for a person."""
+    run(trainer_on(tmp_path, {}), save_at=(2, 4))
+    again = trainer_on(tmp_path, {})
+    FailingDisk(monkeypatch, tmp_path / "checkpoints")
+    with pytest.raises(OSError) as caught:
+        again.resume()
+    assert caught.value.errno == errno.EIO and status_of(caught.value) == FAILED
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    run(trainer_on(tmp_path, {}), save_at=(2, 4))
+    last = tmp_path / "checkpoints" / "last"
+    (last / "state.json").rename(last / "notes.txt")
+    again = trainer_on(tmp_path, {})
+    for using in (again.resume, again.save):
+        with pytest.raises(ValueError, match="not a whole checkpoint"):
+            using()
+    assert (last / "notes.txt").is_file()
 
 
 def test_an_older_checkpoint_without_its_state_is_passed_over_too(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ of its own (`model-00002-of-00004.safetensors`). So a checkpoint of any number o
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ STATE = "state.json"
 ATTEMPTS = 3  # at reading what may be replaced meanwhile
 SHOWN = 4  # differences of a kind that an error lists
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))  # of a disk that has lost what it held; the last is Linux's
 
 Tensors = Mapping[str, Tensor]
 
@@ -64,8 +66,8 @@ def begin(folder: Path, token: str) -> Path:
     Raises ValueError, and touches nothing, where `folder` holds something else than a checkpoint.
     """
     folder = Path(folder)
-    locate(folder)
-    for stale in folder.parent.glob(f"{folder.name}.*partial"):
+    candidates(folder)
+    for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*partial"):
         shutil.rmtree(stale, ignore_errors=True)
     partial = _beside(folder, f"{token}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,9 @@ def explained(error: OSError, folder: Path, needed: int) -> OSError:
 
 def older(folder: Path) -> list[Path]:
     """The checkpoints that `folder` replaced and that are still there, newest first."""
-    found = [path for path in folder.parent.glob(f"{folder.name}-*") if re.fullmatch(r"\d{8,}", path.name[len(folder.name) + 1 :])]
+    found = [
+        path for path in folder.parent.glob(f"{glob.escape(folder.name)}-*") if re.fullmatch(r"\d{8,}", path.name[len(folder.name) + 1 :])
+    ]
     return sorted(found, key=lambda path: _number(path, folder), reverse=True)
 
 
@@ -130,7 +134,7 @@ def _number(old: Path, folder: Path) -> int:
 def _step_in(folder: Path) -> int:
     try:
         return int(read_state(folder).get("step", 0))
-    except ValueError:  # damaged: kept as the oldest, and never taken for a good one
+    except (ValueError, OSError):  # damaged: kept as the oldest, and never taken for a good one
         return 0
 
 
@@ -212,6 +216,23 @@ def locate(folder: Path) -> Path | None:
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not a whole checkpoint ({STATE} is missing); nothing was touched. Restore it, or move it away")
     return next((path for path in older(folder) if (path / STATE).is_file()), None)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints that may stand for `folder`, newest first, damaged ones among them. Raises ValueError where it holds something else.
+
+    What has lost its state and is tensors alone is damaged where one that it replaced has its own, and else something else.
+    """
+    replaced = older(folder)
+    if _lost_its_state(folder) and any((path / STATE).is_file() for path in replaced):
+        return [folder, *replaced]
+    found = locate(folder)
+    return [] if found is None else [found, *(path for path in replaced if path != found)]
+
+
+def _lost_its_state(folder: Path) -> bool:
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    return bool(files) and all(path.suffix == ".safetensors" for path in files)
 
 
 def _found(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from meme_dist.train.engines.base import Engine
 
 PATIENCE = 1800.0  # seconds that rank 0 waits for the files of the others, all together
 GLANCE = 1.0  # seconds between two signs of life of a rank that waits for its own files
+READS = 2  # of a checkpoint that the disk fails to read
 Shares = dict[str, dict[str, Tensor]]
 Note = Mapping[str, Any]  # what a rank tells rank 0: its files' checksums, or its error and that error's number
 
@@ -256,25 +257,36 @@ class Keeper:
         engine.load_buffers(tensors["model"])
 
 
-def candidates_of(folder: Path) -> list[Path]:
-    """The checkpoints that may stand for `folder`, newest first. Raises ValueError where it holds something else."""
-    found = checkpoint.locate(folder)
-    return [] if found is None else [found, *(path for path in checkpoint.older(folder) if path != found)]
-
-
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer. Raises ValueError where none of them is whole."""
-    problems: list[str] = []
-    for path in candidates_of(folder):
-        try:
-            checkpoint.verify(path)
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(str(error))
-        else:
-            return path, problems
+    """The newest checkpoint that is whole, and what is wrong with those that are newer.
+
+    Raises ValueError where none of them is whole, OSError where that may be a disk's moment of weakness.
+    """
+    problems: list[Exception] = []
+    for path in checkpoint.candidates(folder):
+        if (problem := _damage(path)) is None:
+            return path, [str(problem) for problem in problems]
+        problems.append(problem)
     if problems:
-        raise ValueError(problems[0])
-    return None, problems
+        raise next((problem for problem in problems if _unreadable(problem)), ValueError(str(problems[0])))
+    return None, []
+
+
+def _damage(path: Path, reads: int = READS) -> Exception | None:
+    """What is wrong with a checkpoint; a disk that cannot read it is asked again."""
+    try:
+        checkpoint.verify(path)
+    except (ValueError, FileNotFoundError) as error:
+        return error
+    except OSError as error:
+        if not _unreadable(error):
+            raise
+        return error if reads == 1 else _damage(path, reads - 1)
+    return None
+
+
+def _unreadable(problem: Exception) -> bool:
+    return isinstance(problem, OSError) and problem.errno in checkpoint.UNREADABLE
 
 
 def shares(sizes: Mapping[str, int], world: int) -> dict[str, int]:
