@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import meme_dist
 from meme_dist.leave import naming
+from meme_dist.train.durable import replace
 from meme_dist.train.training import FREE
 
 if TYPE_CHECKING:  # the supervisor reads records, and does without the seconds that torch takes
@@ -135,10 +136,8 @@ def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[st
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Written beside its place and moved there: a reader sees the old file or the new one, never half."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
+    """As `durable.replace` does: without run.json nothing could go on from a run's checkpoints."""
+    replace(path, json.dumps(data, indent=2, default=str) + "\n")
 
 
 def _flag(name: str) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from meme_dist.leave import naming
+from meme_dist.train.durable import sync_folder
 
 FORMAT = 1
 STATE = "state.json"
@@ -83,13 +84,13 @@ def commit(folder: Path, partial: Path, state: Mapping[str, Any], *, keep: int) 
     """Make the finished folder `partial` the checkpoint `folder`: its state is written last, then it takes the name."""
     state = {**state, "format": FORMAT}
     _write_file(partial / STATE, json.dumps({**state, "digest": _digest_of(state)}, indent=1).encode())
-    _sync_folder(partial)
+    sync_folder(partial)
     if folder.exists():  # else an older one, where there is one, is the only checkpoint: it stays until the new one has its name
         old = folder.with_name(f"{folder.name}-{_step_in(folder):08d}")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(partial, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     replaced = older(folder)
     kept = [old for old in replaced if _number(old, folder) < int(state.get("step", 0))][: keep - 1]
     for old in replaced:  # a step that a run went back from is none to resume at, and takes up no place
@@ -256,14 +257,6 @@ def _write_file(path: Path, content: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_tensors(folder: Path, name: str, sums: Mapping[str, str]) -> dict[str, Tensor]:

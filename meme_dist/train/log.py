@@ -1,12 +1,13 @@
 """The log of a run: metrics.jsonl, one flat JSON object a line, and the same numbers for TensorBoard. Rank 0 writes."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
+
+from meme_dist.train.durable import replace
 
 FILE = "metrics.jsonl"
 TRACKER = "tensorboard"
@@ -29,7 +30,7 @@ class Log:
         self._resumed_at = step
         if self._folder is not None and (path := self._folder / FILE).exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            _replace(path, "".join(f"{line}\n" for line in kept))
+            replace(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; it has reached the operating system when this returns.
@@ -43,7 +44,7 @@ class Log:
         if step == self._resumed_at and (path := self._folder / FILE).exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) != step or not values.keys() & json.loads(line).keys()]
-            _replace(path, "".join(f"{line}\n" for line in kept))
+            replace(path, "".join(f"{line}\n" for line in kept))
         with open(self._folder / FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(dict(values), step=step)
@@ -79,9 +80,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
