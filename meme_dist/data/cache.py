@@ -1,14 +1,16 @@
 """A folder of verified copies of remote files, shared by all runs, ranks and workers of a machine and bounded in bytes.
 
 A copy is named by the sha256 of what it holds. It is written under a name of its own, checked, and renamed: whoever finds a file here finds
-all of it, and processes that fetch the same one at once only do so twice.
+all of it. Processes that want the same one at once take turns by a lock, so that one fetches it and the others find it; where there are no
+locks, or whoever has one hangs, they fetch it twice, which is all that happens.
 """
 
 import contextlib
+import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from meme_dist.data.files import file_sha256
 
 DEFAULT_GIGABYTES = 50.0
 STALE = 3600.0  # seconds without a byte written, after which an unfinished copy is one that somebody left behind
+STALLED = 60.0  # seconds without a byte written, after which another process's fetch is waited for no longer; a source is retried for 16 s
+GLANCE = 0.02  # seconds between two tries to get a lock
+LEFT = (".part", ".lock")  # what a process that is killed leaves behind
 BOUNDED = ".tar"  # indexes stay: they are small, and a running job may open them at any time
 
 
@@ -55,8 +60,19 @@ class Cache:
         return path
 
     def add(self, name: str, sha256: str, fetch: Callable[[Path], object]) -> Path | None:
-        """Have `fetch` write a file and keep it as `name`; None, and nothing kept, where its sha256 is not the one expected."""
+        """Have `fetch` write a file and keep it as `name`; None, and nothing kept, where its sha256 is not the one expected.
+
+        Where another process did so meanwhile its copy is taken, and nothing is fetched.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone(name):
+            path = self.find(name)
+            with contextlib.suppress(OSError):  # another process may be trimming
+                if path is not None and file_sha256(path) == sha256:
+                    return path
+            return self._new(name, sha256, fetch)
+
+    def _new(self, name: str, sha256: str, fetch: Callable[[Path], object]) -> Path | None:
         path = self.folder / name
         temporary = self.folder / f"{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
         try:
@@ -68,6 +84,39 @@ class Cache:
             temporary.unlink(missing_ok=True)
         self._trim(path)
         return path
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Within it no other process of this machine adds `name`, as far as can be had. The lock ends with the process that holds it."""
+        path = self.folder / f"{name}.lock"
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # no locks here, or somebody hangs: then without
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, handle)
+                self._lock(handle, name)
+                # Before it is given up: who waits for this file gets it and finds the copy, who comes later finds the copy at once.
+                stack.callback(self.discard, path.name)
+            yield
+
+    def _lock(self, handle: int, name: str) -> None:
+        """Wait for the lock as long as its holder's file grows. Raises OSError where there are no locks, TimeoutError where it stands."""
+        before, since = -1, time.monotonic()
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (written := self._written(name)) != before:
+                before, since = written, time.monotonic()
+            elif time.monotonic() - since > STALLED:
+                raise TimeoutError
+            time.sleep(GLANCE)
+
+    def _written(self, name: str) -> int:
+        """Bytes of unfinished copies of `name`."""
+        total = 0
+        for path in self.folder.glob(f"{name}.*.part"):
+            with contextlib.suppress(OSError):  # it just got its name
+                total += path.stat().st_size
+        return total
 
     def discard(self, name: str) -> bool:
         """Remove a copy that turned out to be damaged; was there one?"""
@@ -83,7 +132,7 @@ class Cache:
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may be trimming too
                 status = path.stat()
-                if path.suffix == ".part" and status.st_mtime < time.time() - STALE:
+                if path.suffix in LEFT and status.st_mtime < time.time() - STALE:
                     path.unlink()
                 elif path.suffix == BOUNDED:
                     copies.append((status.st_mtime, path, status.st_size))

@@ -16,6 +16,7 @@ import pytest
 from braceexpand import braceexpand
 from fsspec.implementations.memory import MemoryFileSystem
 
+from meme_dist.data import cache as cache_module
 from meme_dist.data import retry
 from meme_dist.data.cache import Cache
 from meme_dist.data.index import Manifest
@@ -379,6 +380,86 @@ def test_processes_that_fill_the_cache_at_once_all_read_the_same(folder: Path, t
     for process in processes:
         process.join()
     assert len(copies(tmp_path / "cache")) == 4
+
+
+def _fetch(folder: str, number: int, answers) -> None:
+    """Ask for one copy after another; how often this process had to fetch, and whether all came."""
+    cache, fetched, came = Cache(Path(folder), bound=10**6), 0, True
+
+    def fetch(path: Path) -> None:
+        nonlocal fetched
+        fetched += 1
+        time.sleep(0.05)
+        path.write_bytes(content)
+
+    for content in (str(place).encode() for place in range(number)):
+        name = hashlib.sha256(content).hexdigest()
+        came &= cache.add(f"{name}.tar", name, fetch) == Path(folder) / f"{name}.tar"
+    answers.put((fetched, came))
+
+
+def test_processes_on_a_cold_cache_fetch_each_shard_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    answers = context.Queue()
+    processes = [context.Process(target=_fetch, args=(str(tmp_path / "cache"), 8, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    fetched, came = zip(*(answers.get(timeout=60) for _ in processes), strict=True)
+    for process in processes:
+        process.join()
+    assert sum(fetched) == 8 and all(came)
+    assert len(copies(tmp_path / "cache")) == 8 and all(name.endswith(".tar") for name in copies(tmp_path / "cache"))
+
+
+def _hold(folder: str, name: str, told) -> None:
+    Cache(Path(folder), bound=10**6).add(name, "0" * 64, lambda path: (told.put(1), time.sleep(60)))
+
+
+CONTENT = b"bytes"
+KEPT = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_that_is_killed_or_hangs_while_it_fetches_holds_up_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    monkeypatch.setattr(cache_module, "STALLED", 60.0 if killed else 0.3)
+    context = multiprocessing.get_context("forkserver")
+    told = context.Queue()
+    holder = context.Process(target=_hold, args=(str(tmp_path), f"{KEPT}.tar", told))
+    holder.start()
+    told.get(timeout=60)
+    if killed:
+        holder.kill()
+        holder.join()
+    start = time.monotonic()
+    assert Cache(tmp_path, bound=10**6).add(f"{KEPT}.tar", KEPT, lambda path: path.write_bytes(CONTENT)) == tmp_path / f"{KEPT}.tar"
+    assert time.monotonic() - start < 10
+    holder.kill()
+    holder.join()
+
+
+def test_where_the_file_system_has_no_locks_copies_are_kept_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
+    assert Cache(tmp_path, bound=10**6).add(f"{KEPT}.tar", KEPT, lambda path: path.write_bytes(CONTENT))
+    assert f"{KEPT}.tar" in copies(tmp_path)
+
+
+def test_locks_left_behind_are_no_shards_and_go_after_a_while(tmp_path: Path) -> None:
+    for name, age in (("old.tar.lock", 7200), ("new.tar.lock", 0), (f"{KEPT}.tar.lock", 7200)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert Cache(tmp_path, bound=10**6).add(f"{KEPT}.tar", KEPT, lambda path: path.write_bytes(CONTENT))
+    assert copies(tmp_path) == {f"{KEPT}.tar", "new.tar.lock"}
+
+
+def test_a_copy_that_is_not_what_it_should_be_is_fetched_anew(tmp_path: Path) -> None:
+    (tmp_path / f"{KEPT}.tar").write_bytes(b"other")
+    assert Cache(tmp_path, bound=10**6).add(f"{KEPT}.tar", KEPT, lambda path: path.write_bytes(CONTENT))
+    assert (tmp_path / f"{KEPT}.tar").read_bytes() == CONTENT
 
 
 def test_readers_survive_that_others_empty_the_cache_under_them(folder: Path, remote: Path) -> None:
