@@ -75,8 +75,8 @@ def _check(manifest: Manifest, prefix: str) -> Report:
             continue
         problems += _unreadable(entry.names_file, lambda split=split: row_names(manifest, split))
         rows, shards = rows + entry.rows, shards + len(entry.shards)
-        for number in range(len(entry.shards)):
-            problems += scan_shard(manifest, split, index, number)
+        for shard, start in zip(entry.shards, shard_starts(manifest, split)[:-1], strict=True):
+            problems += scan_shard(manifest, index, shard, int(start))
     problems += _unreadable(FEATURES, lambda: feature_names(manifest))
     return Report(rows, shards, tuple(problem._replace(shard=prefix + problem.shard) for problem in problems))
 
@@ -90,13 +90,12 @@ def _unreadable(file: str, read: Callable[[], Any]) -> list[Problem]:
     return []
 
 
-def scan_shard(manifest: Manifest, split: str, index: Index, number: int) -> list[Problem]:
+def scan_shard(manifest: Manifest, index: Index, shard: Shard, start: int) -> list[Problem]:
     """The problems of one shard, the most telling first: webdataset reads the tar, the index says what it had to find.
 
-    Checksums and contents are looked at as far as members stand in their places; behind that, each would only repeat that it does not.
+    `start` is its first row, which the caller knows: found here, a folder would cost the square of its shards. Checksums and contents are
+    looked at as far as members stand in their places; behind that, each would only repeat that it does not.
     """
-    shard = manifest.shards(split)[number]
-    start = sum(other.rows for other in manifest.shards(split)[:number])
     with manifest.copy(shard) as path:
         if path is None:
             return [Problem(shard.file, None, None, f"expected a file of {shard.bytes} bytes, found none")]
@@ -193,8 +192,8 @@ def _undecodable(field: Field, shard: Shard, members: list[tuple[_Member, bytes]
 
 def first_problem(manifest: Manifest, split: str, index: Index, number: int) -> str:
     """The most telling problem of a shard, in words: for the error of whoever stumbled over it."""
-    problems = scan_shard(manifest, split, index, number)
     shard = manifest.shards(split)[number]
+    problems = scan_shard(manifest, index, shard, int(shard_starts(manifest, split)[number]))
     return str(problems[0]) if problems else f"{shard.file}: it changed while it was read"
 
 

@@ -1,5 +1,6 @@
 """Writing shards: the index says what is there, nothing is half written, and nothing that was there is touched."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -7,12 +8,14 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from meme_dist.data.fields import Field
+from meme_dist.data.files import Shard
 from meme_dist.data.index import Manifest
 from meme_dist.data.shards import Row, check_shards, write_shards
 from meme_dist.data.stream import Evaluation
@@ -222,6 +225,24 @@ def test_a_row_that_does_not_fit_is_refused_with_its_place(tmp_path: Path, bad: 
     with pytest.raises(ValueError, match=message):
         write_shards(dataset(lambda split: iter([datum(0), datum(1), bad])), tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shards", [6, 12])
+def test_checking_a_folder_takes_time_in_proportion_to_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    asked = []
+
+    class Counting(Shard):
+        def __getattribute__(self, name: str) -> Any:
+            asked.append(name)
+            return super().__getattribute__(name)
+
+    write_shards(dataset(lambda split: map(datum, range(shards))), tmp_path / "shards", rows_per_shard=1, splits=["train"])
+    manifest = Manifest.load(tmp_path / "shards")
+    split = manifest.splits["train"]
+    counting = dataclasses.replace(split, shards=tuple(Counting(*shard) for shard in split.shards))
+    monkeypatch.setattr(Manifest, "load", lambda folder: dataclasses.replace(manifest, splits={"train": counting}))
+    assert check_shards(tmp_path / "shards").ok
+    assert asked.count("rows") <= 3 * shards
 
 
 def test_empty_splits_and_sources_that_are_no_json_are_refused(tmp_path: Path) -> None:
