@@ -29,9 +29,11 @@ def shards(words: list[str]) -> int:
 
 def _convert_shards(words: list[str]) -> int:
     from meme_dist.convert import Convert, convert
+    from meme_dist.data.source import check_local
     from meme_dist.run import described
 
     options = tyro.cli(Convert, args=list(words), prog=f"{PROGRAM} shards convert", config=STYLE)
+    check_local(options.out)  # before large files are read
     print(f"{options.out}: {described(convert(options))}")
     return 0
 
@@ -95,8 +97,10 @@ def doctor(words: list[str]) -> int:
         Args:
             run: Folder in which runs shall be written.
         """
+        from meme_dist.data.source import check_local
         from meme_dist.doctor import examine
 
+        check_local(run)
         findings = examine(run)
         table = Table(box=None, show_header=False, pad_edge=False)
         for finding in findings:

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from meme_dist import figures
+from meme_dist.data.source import check_local
 from meme_dist.metrics.generation import CHUNK, joint_generations
 from meme_dist.ranks import ALONE, Processes, hidden
 from meme_dist.stored import Stored
@@ -20,9 +21,10 @@ def save_draws(stored: Stored, folder: Path, *, num: int, seed: int, processes: 
 
     Each process makes a contiguous share of the rows, and `draws.safetensors` is the same, byte by byte, for any number of them. No
     process holds more than CHUNK rows; while rank 0 puts the shares together one modality of one share is on the disk twice.
-    Raises ValueError for a folder that exists.
+    Raises ValueError for an address and for a folder that exists.
     """
     with processes.agreed():
+        check_local(folder)
         if num < 1:
             raise ValueError(f"num: expected at least 1, got {num}")
         if processes.is_main and folder.exists():

@@ -23,6 +23,7 @@ from meme_dist.data.index import Manifest
 from meme_dist.data.names import FEATURES, feature_names, row_names
 from meme_dist.data.reader import Reader
 from meme_dist.data.shards import Dataset, Row, write_shards_together
+from meme_dist.data.source import check_local
 from meme_dist.metrics.completion import Predicted, predicted
 from meme_dist.metrics.predictive import can_draw, covered
 from meme_dist.metrics.rows import noise_of
@@ -172,6 +173,7 @@ def check_features(manifest: Manifest, trained: Manifest) -> None:
 
 def _check_file(out: Path, objective: Objective, manifest: Manifest, draws: int, interval: float | None) -> None:
     """Raise ValueError for anything that would stop `impute_h5mu` later."""
+    check_local(out)
     if out.suffix != ".h5mu":
         raise ValueError(f"{out}: expected the name of a .h5mu file")
     if out.exists():

@@ -31,7 +31,7 @@ from meme_dist.cost import Meter
 from meme_dist.data.first import first_batch
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
-from meme_dist.data.source import absolute
+from meme_dist.data.source import absolute, check_local
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
@@ -106,7 +106,11 @@ def ranks() -> Ranks:
 
 
 def run_folder(name: str) -> Path:
-    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is."""
+    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is.
+
+    Raises ValueError for an address.
+    """
+    check_local(name)
     path = Path(name)
     if path.name == record.FILE:
         return path.parent
@@ -178,6 +182,7 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
     """The recipe, its shards (written where they are not there yet) and the folder for the run, which is not made yet."""
+    check_local(where.data)
     keywords, folder = flatten(arguments), _folder(name, where, started.world)
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
@@ -192,6 +197,7 @@ def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Rank
 
 def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -> Manifest:
     """The recipe's shards: those that it names, or its data set written into a folder of its own (once; a hash names the keywords)."""
+    check_local(data)
     if recipe.shards is not None:
         return Manifest.load(recipe.shards)
     assert recipe.dataset is not None

@@ -23,6 +23,7 @@ from meme_dist.data.check import Problem, Report, check_shards
 from meme_dist.data.fields import Field, check_modality_names
 from meme_dist.data.files import Shard, file_sha256
 from meme_dist.data.index import MANIFEST, TAR_BLOCK, IndexWriter, Manifest, Split, padded, record_type
+from meme_dist.data.source import check_local
 from meme_dist.ranks import Processes, hidden
 
 __all__ = ["Dataset", "Manifest", "Problem", "Report", "Row", "check_shards", "write_shards", "write_shards_together"]
@@ -68,9 +69,10 @@ def write_shards(dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 
 
     All is written into a hidden folder beside `folder` and renamed at the end: `folder` is complete or not there, also when the disk is
     full or the process dies. A folder that already holds the same set is returned as it is, so that several processes may call this.
-    Raises ValueError for a folder that holds anything else, and for rows that do not fit the fields, naming split, row and modality;
-    OSError where the disk is full.
+    Raises ValueError for an address, for a folder that holds anything else, and for rows that do not fit the fields, naming split, row
+    and modality; OSError where the disk is full.
     """
+    check_local(folder)
     folder = Path(folder).resolve()  # a link cannot be renamed to
     splits = dataset.splits if splits is None else splits
     wanted = _description(dataset, rows_per_shard, splits)
@@ -90,9 +92,10 @@ def write_shards_together(
     for as a range of its own. After each the processes hear of one another, so that where one fails all have stopped before anything
     is cleared away; index and manifest are written by rank 0 at the end. `folder` must be on storage that all of them share.
     """
-    folder = Path(folder).resolve()
     manifest = None
     with processes.agreed():
+        check_local(folder)
+        folder = Path(folder).resolve()
         wanted = _description(dataset, rows_per_shard, list(rows))
         if processes.is_main:
             manifest = _already(folder, wanted)

@@ -67,6 +67,19 @@ def absolute(address: Path | str) -> str:
     return found[0] if len(found) == 1 else "{" + ",".join(re.sub(r"[{},\\]", r"\\\g<0>", folder) for folder in found) + "}"
 
 
+def check_local(place: Path | str) -> None:
+    """Raise ValueError for an address, also one that a `Path` squeezed to `s3:/bucket`: nothing is written through one.
+
+    Of any kind, known here or not: as a folder `s3:` in the working folder it would look written, and go with the node.
+    """
+    text = _text(place)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.:-]*:/", text):
+        raise ValueError(
+            f"{text}: expected a local folder or file to write to, got an address; write it on this machine and copy it there with the "
+            "store's own tool (shards are read from addresses)"
+        )
+
+
 def _absolute(folder: str) -> str:
     return folder if "://" in folder else os.path.abspath(folder)
 
