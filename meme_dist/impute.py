@@ -6,7 +6,10 @@ expectation: rounded to the nearest, whatever is expected less than once in two 
 row's own, the same on any rank.
 """
 
+import errno
 import math
+import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +25,7 @@ from meme_dist.data.fields import Field
 from meme_dist.data.index import Manifest
 from meme_dist.data.names import FEATURES, feature_names, row_names
 from meme_dist.data.reader import Reader
-from meme_dist.data.shards import Dataset, Row, write_shards_together
+from meme_dist.data.shards import Dataset, Row, sync, write_shards_together
 from meme_dist.data.source import check_local
 from meme_dist.metrics.completion import Predicted, predicted
 from meme_dist.metrics.predictive import can_draw, covered
@@ -37,6 +40,7 @@ from meme_dist.types import Batch
 
 ROWS = 256  # of a batch
 FILE = "whole.h5mu"
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)  # what file systems without hard links answer
 
 
 class Filled(NamedTuple):
@@ -93,15 +97,16 @@ def impute_h5mu(
     Of each modality: X [cells, features], `obs["observed"]`, and with `interval` the layers lower and upper, which equal X where a cell was
     measured. `obs` of the whole has split and label. Rows without a name are called by split and number (train-00000012).
     Collective: each process fills in some hundred rows at a time and rank 0 writes them, so that memory does not grow with the rows, and
-    the file gets its name when it is whole. Raises ValueError for a file that exists, fields that are no vectors of numbers, and an
-    interval that so many draws do not have.
+    the file gets its name when it is whole. Raises ValueError for an address, a file that exists, fields that are no vectors of numbers,
+    and an interval that so many draws do not have; and, naming where the finished file is then, for a file that appeared meanwhile.
     """
     with processes.agreed():
         manifest = _manifest(shards, fields, draws)
         _check_file(out, objective, manifest, draws, interval)
+        out = out.resolve()  # once: a link that is turned meanwhile leads nowhere else
         filled = _Rows(objective, manifest, seed, draws, interval)
         about = {**_source(objective, manifest), "draws": draws, "seed": seed, "interval": interval}
-    with hidden(out.resolve(), processes) as temporary:
+    with hidden(out, processes) as temporary:
         with processes.agreed():
             if processes.is_main:
                 layers = () if interval is None else ("lower", "upper")
@@ -118,8 +123,37 @@ def impute_h5mu(
                     part.unlink()
         with processes.agreed():
             if processes.is_main:
-                (temporary / FILE).rename(out)
+                _publish(temporary / FILE, out)
     return _counted(manifest)
+
+
+def _publish(made: Path, out: Path) -> None:
+    """Give the finished file its name or, where something has that by now, another one beside it, which the ValueError tells."""
+    sync(made)
+    if not _named(made, out):
+        kept = out.with_name(f"{out.stem}-{uuid.uuid4().hex[:8]}{out.suffix}")
+        there = _named(made, kept)
+        assert there, f"{kept} exists"
+        raise ValueError(f"{out}: appeared during the work, and nothing is overwritten; the finished file is {kept}")
+
+
+def _named(made: Path, out: Path) -> bool:
+    """Move a file to a name that nothing has; False, and nothing is done, where something has it."""
+    try:
+        os.link(made, out)  # unlike a rename it fails where the name is taken
+        made.unlink()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        try:
+            out.touch(exist_ok=False)  # the name is ours from here on
+        except FileExistsError:
+            return False
+        made.replace(out)
+    sync(out.parent)
+    return True
 
 
 def _manifest(shards: Path | str, fields: Mapping[str, Field], draws: int) -> Manifest:
@@ -178,6 +212,10 @@ def _check_file(out: Path, objective: Objective, manifest: Manifest, draws: int,
         raise ValueError(f"{out}: expected the name of a .h5mu file")
     if out.exists():
         raise ValueError(f"{out}: exists already, and nothing is overwritten; choose another name or remove it")
+    if out.is_symlink():
+        raise ValueError(
+            f"{out}: expected a new name, got a link to {out.readlink()}, which is not there; choose another name or remove it"
+        )
     for name, field in manifest.fields.items():
         if field.kind not in ("vector", "counts"):
             raise ValueError(f"{out}: expected vectors and counts, got {name}, of kind {field.kind}; write shards (--out)")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,43 @@ def test_a_file_that_cannot_be_finished_is_not_there_and_one_that_is_there_stays
         impute_h5mu(*what, tmp_path / "x.h5ad")
     with pytest.raises(ValueError, match="interval of 20 draws ends between two"):
         impute_h5mu(*what, tmp_path / "y.h5mu", draws=20, interval=0.95)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_file_that_appears_during_the_work_is_kept_and_the_finished_one_lies_where_the_error_says(
+    linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, kind: str
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    what, out, put = (build(SHARDED), Manifest.load(linear).fields, linear), tmp_path / "x.h5mu", new_h5mu.put
+    synced, sync = [], os.fsync
+
+    def meanwhile(*arguments: Any) -> None:
+        put(*arguments)
+        if not os.path.lexists(out):
+            out.write_text("mine") if kind == "file" else out.symlink_to("nowhere")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    impute_h5mu(*what, tmp_path / "whole.h5mu")
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="appeared during the work, .* the finished file is ") as told:
+        patch.setattr(new_h5mu, "put", meanwhile)
+        impute_h5mu(*what, out)
+    assert out.read_text() == "mine" if kind == "file" else out.readlink() == Path("nowhere")
+    kept = Path(str(told.value).split("the finished file is ")[1])
+    assert kept.read_bytes() == (tmp_path / "whole.h5mu").read_bytes()
+    assert sorted(tmp_path.iterdir()) == sorted([out, kept, tmp_path / "whole.h5mu"])
+    assert Path(synced[0]).name == "whole.h5mu" and synced[-1] == str(tmp_path)  # the file before its name
+
+
+def test_a_link_to_nothing_is_no_new_name(linear: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.h5mu").symlink_to("nowhere.h5mu")
+    with pytest.raises(ValueError, match="expected a new name, got a link to nowhere.h5mu, which is not there"):
+        impute_h5mu(build(SHARDED), Manifest.load(linear).fields, linear, tmp_path / "x.h5mu")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5mu"]
 
 
 def test_images_and_intervals_without_a_density_are_refused_for_files(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _write_manifest(dataset: Dataset, folder: Path, source: Mapping[str, Any], r
     sealed = names.write_features(folder, dataset.features) if dataset.features else ""
     whole = (folder, dataset.name, dict(dataset.fields), tuple(dataset.classes), source, rows_per_shard, written)
     Manifest(*whole, features_sha256=sealed).save()
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
 
 
 def _publish(temporary: Path, folder: Path, wanted: Mapping[str, Any]) -> Manifest:
@@ -195,7 +195,7 @@ def _publish(temporary: Path, folder: Path, wanted: Mapping[str, Any]) -> Manife
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return _existing(folder, wanted)  # another process was faster
-    _sync(folder.parent)
+    sync(folder.parent)
     return Manifest.load(folder)
 
 
@@ -286,7 +286,7 @@ def _split(dataset: Dataset, split: str, folder: Path, written: Iterable[_Writte
             index.append(records)
     if not shards:
         raise ValueError(f"{dataset.name}: split {split!r} has no rows; leave it out of `splits`")
-    _sync(folder / index_file)
+    sync(folder / index_file)
     counts = dict(zip(dataset.fields, present.tolist(), strict=True))
     sealed = (index_file, file_sha256(folder / index_file))
     return Split(sum(shard.rows for shard in shards), single, counts, *sealed, tuple(shards), *called.sealed())
@@ -358,7 +358,7 @@ def _checksums(path: Path, records: np.ndarray) -> np.ndarray:
     return records
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the disk to keep a file, or a folder's list of files, before anything relies on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
