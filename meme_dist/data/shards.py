@@ -10,7 +10,7 @@ import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ class Dataset:
     """A source of rows, two or more modalities each described by a `Field`.
 
     `rows(split)` yields the rows of one of the `splits` in their final, already shuffled order, the same every time. `source` holds the
-    keywords that made the set (JSON values): folders of shards with another source are never taken for this one.
+    keywords that made the set (JSON values), and `files()` says where the files are that the rows are read from: folders of shards with
+    another source, or from files of another content, are never taken for this one.
     """
 
     name: str
@@ -58,10 +59,22 @@ class Dataset:
     source: Mapping[str, Any] = field(default_factory=dict)
     splits: tuple[str, ...] = ("train", "test")
     features: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of each modality, what its elements are called: genes
+    files: Callable[[], Sequence[Path]] = tuple  # asked for when rows are: a set can be described where its files have gone
 
     def __post_init__(self) -> None:
         check_modality_names(list(self.fields))
         names.check_features(self.features, self.fields)
+
+    def sealed(self) -> "Dataset":
+        """The same set, with the content of its files in its source, by name. Raises what `files` does where they have gone.
+
+        Not their path: a relative one means other files in another folder, and the same files are the same rows wherever they lie. Nor
+        size and time, though they would be instant: a file put back with its old time would pass for what it replaced. Hashing the 258 MB
+        of MNIST-SVHN took 0.6 to 0.8 s on an EPYC core, at each start of a training.
+        """
+        files = self.files()
+        content = {"sha256": {path.name: file_sha256(path) for path in files}} if files else {}
+        return replace(self, source={**self.source, **content}, files=tuple)
 
 
 def write_shards(dataset: Dataset, folder: Path | str, *, rows_per_shard: int = 1024, splits: Sequence[str] | None = None) -> Manifest:
@@ -208,7 +221,7 @@ def _description(dataset: Dataset, rows_per_shard: int, splits: Sequence[str]) -
         "fields": {name: field.to_json() for name, field in dataset.fields.items()},
         "order of fields": list(dataset.fields),
         "classes": list(dataset.classes),
-        "source": dict(dataset.source),
+        "source": dict(dataset.sealed().source),
         "rows_per_shard": rows_per_shard,
         "splits": sorted(splits),
     }

@@ -62,16 +62,22 @@ def fetch(file: Remote, folder: Path) -> Path:
     raise ValueError(f"{file.name}: could not be downloaded ({tried}). Get it elsewhere and name the folder that has it: --source FOLDER")
 
 
-def _in_folder(files: Sequence[Remote], source: Path) -> dict[str, Path]:
+def present(files: Sequence[Remote], source: Path) -> dict[str, Path]:
+    """Where each file lies in `source`, packed or not; its content is not looked at. Raises ValueError for those that are missing."""
     found = {file.name: _present(source, file.name) for file in files}
     missing = [file for file in files if found[file.name] is None]
     if missing:
         wanted = "; ".join(f"{file.name} (from {file.urls[0]})" for file in missing)
         raise ValueError(f"{source}: missing {wanted}. Put the files there, or name the folder that has them: --source FOLDER")
-    for file in files:
-        if (path := found[file.name]) is not None and path.name == file.name:
-            _check(path, file)
     return {name: path for name, path in found.items() if path is not None}
+
+
+def _in_folder(files: Sequence[Remote], source: Path) -> dict[str, Path]:
+    found = present(files, source)
+    for file in files:
+        if (path := found[file.name]).name == file.name:
+            _check(path, file)
+    return found
 
 
 @functools.cache  # a data set asks for its files with every split

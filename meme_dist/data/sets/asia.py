@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_dist.data.files import file_sha256
 from meme_dist.data.graph_codec import Graph, to_array
 from meme_dist.data.sets._arrays import locate, read_arrays
 from meme_dist.data.sets._graphs import Graphs, check_graph_missing, fields_of, rows_of
@@ -24,17 +25,19 @@ def asia(*, source: Path, missing: float = 0.0, seed: int = 0) -> Dataset:
     """
     check_graph_missing(missing)
     rows = rows_of("asia", lambda: read(source), missing=missing, seed=seed)
-    return Dataset("asia", fields_of(VARIABLES, SIZE), rows, (), {"source": str(source), "missing": missing, "seed": seed})
+    keywords = {"missing": missing, "seed": seed}
+    return Dataset("asia", fields_of(VARIABLES, SIZE), rows, (), keywords, files=lambda: locate(source, [FILE]))
 
 
 def read(source: Path) -> Graphs:
     """All graphs, and their BIC in nats."""
     (path,) = locate(source, [FILE])
-    return _read(path)
+    return _read(path, file_sha256(path))
 
 
 @cache
-def _read(path: Path) -> Graphs:
+def _read(path: Path, sha256: str) -> Graphs:
+    """The same file is read once; another one of that name, or a repaired one, is read again."""
     arrays = read_arrays(path, {"adjacency": ("rows", SIZE, SIZE), "bic": ("rows",)})
     try:
         x = np.stack([to_array(Graph(VARIABLES, _edges(one)), VARIABLES, SIZE) for one in arrays["adjacency"]])

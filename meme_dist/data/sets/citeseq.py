@@ -36,7 +36,7 @@ def citeseq(*, source: Path, missing: float = 0.0, seed: int = 0) -> Dataset:
         return _rows(counts, order, observed)
 
     fields = {name: Field(kind="counts", shape=(size,), codec="npy", likelihood="negative_binomial") for name, size in SIZES.items()}
-    return Dataset("citeseq", fields, rows, (), {"source": str(source), "missing": missing, "seed": seed})
+    return Dataset("citeseq", fields, rows, (), {"missing": missing, "seed": seed}, files=lambda: locate(source, [FILE]))
 
 
 def _rows(counts: dict[str, np.ndarray], order: np.ndarray, observed: np.ndarray) -> Iterator[Row]:

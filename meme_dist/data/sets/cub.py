@@ -69,8 +69,8 @@ def cub(*, source: Path, captions: int = CAPTIONS, missing: float = 0.0, seed: i
         data = {"caption": birds.caption, "parts": birds.parts, "visible": birds.visible, "attributes": birds.attributes}
         return rows_of(data, indices, observed, birds.label[image[order]])
 
-    keywords = {"source": str(source), "captions": captions, "missing": missing, "seed": seed}
-    return Dataset("cub", _fields(birds), rows, birds.classes, keywords)
+    keywords = {"captions": captions, "missing": missing, "seed": seed}
+    return Dataset("cub", _fields(birds), rows, birds.classes, keywords, files=lambda: locate(source, [ARRAYS, TEXT]))
 
 
 def read(source: Path) -> Birds:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meme_dist.data.files import file_sha256
 from meme_dist.data.graph_codec import check
 from meme_dist.data.sets._arrays import locate
 from meme_dist.data.sets._graphs import Graphs, check_graph_missing, fields_of, rows_of
@@ -29,17 +30,19 @@ def enas(*, source: Path, missing: float = 0.0, seed: int = 0) -> Dataset:
     """
     check_graph_missing(missing)
     rows = rows_of("enas", lambda: read(source), missing=missing, seed=seed)
-    return Dataset("enas", fields_of(OPERATIONS, SIZE), rows, (), {"source": str(source), "missing": missing, "seed": seed})
+    keywords = {"missing": missing, "seed": seed}
+    return Dataset("enas", fields_of(OPERATIONS, SIZE), rows, (), keywords, files=lambda: locate(source, [FILE]))
 
 
 def read(source: Path) -> Graphs:
     """All graphs but the first thousand, and their accuracies in [0, 1]."""
     (path,) = locate(source, [FILE])
-    return _read(path)
+    return _read(path, file_sha256(path))
 
 
 @cache
-def _read(path: Path) -> Graphs:
+def _read(path: Path, sha256: str) -> Graphs:
+    """The same file is read once; another one of that name, or a repaired one, is read again."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             lines = [json.loads(f"[{line}]") for line in stream][DROPPED:]

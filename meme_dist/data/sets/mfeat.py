@@ -41,7 +41,7 @@ def mfeat(*, source: Path, missing: float = 0.0, seed: int = 0) -> Dataset:
         return rows_of(views, dict.fromkeys(VIEWS, order), observed, label[order])
 
     fields = {name: Field(kind="vector", shape=(size,), codec="npy", likelihood="normal") for name, size in VIEWS.items()}
-    return Dataset("mfeat", fields, rows, NAMES, {"source": str(source), "missing": missing, "seed": seed})
+    return Dataset("mfeat", fields, rows, NAMES, {"missing": missing, "seed": seed}, files=lambda: locate(source, [FILE]))
 
 
 def read(source: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:

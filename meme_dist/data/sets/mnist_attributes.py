@@ -61,8 +61,8 @@ def mnist_attributes(*, source: Path, rows: int | None = None, unlabelled: float
 
     flag = Field(kind="vector", shape=(1,), codec="npy", likelihood="bernoulli")
     fields = {"digit": Field(kind="image", shape=(1, 28, 28), codec="npy", likelihood="bernoulli"), **dict.fromkeys(ATTRIBUTES, flag)}
-    keywords = {"source": str(source), "rows": rows, "unlabelled": unlabelled, "seed": seed}
-    return Dataset("mnist_attributes", fields, generate, NAMES, keywords)
+    keywords = {"rows": rows, "unlabelled": unlabelled, "seed": seed}
+    return Dataset("mnist_attributes", fields, generate, NAMES, keywords, files=lambda: locate(source, [MNIST]))
 
 
 def read(source: Path) -> Mapping[str, np.ndarray]:

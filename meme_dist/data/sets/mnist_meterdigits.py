@@ -4,14 +4,14 @@ Real stand-in for MNIST-SVHN where SVHN cannot be had. `source` holds `mnist.npz
 (haverland/Tenth-of-step-of-a-meter-digit, Apache-2.0) and, for `spoken`, `fsdd_logmel_32x32.npz` (Free Spoken Digit Dataset, CC BY-SA 4.0).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from meme_dist.data.fields import Field
-from meme_dist.data.sets._arrays import IMAGES, MNIST, locate, read_arrays
+from meme_dist.data.sets._arrays import IMAGES, MNIST, Shape, locate, read_arrays
 from meme_dist.data.sets._missing import check_partly_paired
 from meme_dist.data.sets._names import NAMES, SPELLED, name_field
 from meme_dist.data.sets._pairing import Indices, Rest, Split, check_split, generator, partial_rows, recycled
@@ -64,7 +64,6 @@ def mnist_meterdigits(
         return partial_rows(data, indices, label, rest=rest, seed=number, purpose=f"mnist_meterdigits/{split}")
 
     keywords = {
-        "source": str(source),
         "spoken": spoken,
         "name": name,
         "permutations": permutations,
@@ -73,14 +72,13 @@ def mnist_meterdigits(
         "unpaired": unpaired,
         "seed": seed,
     }
-    return Dataset("mnist_meterdigits", fields, rows, NAMES, keywords)
+    return Dataset("mnist_meterdigits", fields, rows, NAMES, keywords, files=lambda: _files(source, spoken))
 
 
 def read(split: str, source: Path, *, spoken: bool = False) -> Split:
     """Images as bytes, channels first, and spectrograms as floats, in the files' order. Raises ValueError for missing or altered files."""
-    wanted = {key: FILES[key] for key in ("mnist", "photo", *(["spoken"] if spoken else []))}
-    paths = locate(source, [name for name, _ in wanted.values()])
-    mnist, photo, *rest = (read_arrays(path, shapes) for path, (_, shapes) in zip(paths, wanted.values(), strict=True))
+    wanted = zip(_files(source, spoken), _wanted(spoken), strict=True)
+    mnist, photo, *rest = (read_arrays(path, shapes) for path, (_, shapes) in wanted)
     here = photo["is_test"].astype(bool) == (split == "test")
     data: dict[str, np.ndarray | tuple[str, ...]] = {"mnist": mnist[f"x_{split}"][:, None], "photo": _padded(photo["x"][here])}
     labels = {"mnist": mnist[f"y_{split}"], "photo": photo["y"][here]}
@@ -89,6 +87,14 @@ def read(split: str, source: Path, *, spoken: bool = False) -> Split:
         data["spoken"] = (speech["x"][here, None].astype(np.float32) - SPOKEN_MEAN) / SPOKEN_STDDEV
         labels["spoken"] = speech["y"][here]
     return Split(data, labels)
+
+
+def _wanted(spoken: bool) -> list[tuple[str, Mapping[str, Shape]]]:
+    return [FILES[key] for key in ("mnist", "photo", *(["spoken"] if spoken else []))]
+
+
+def _files(source: Path, spoken: bool) -> list[Path]:
+    return locate(source, [name for name, _ in _wanted(spoken)])
 
 
 def _fields(spoken: bool, name: bool) -> dict[str, Field]:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from meme_dist.data.fields import Field
-from meme_dist.data.sets._download import Remote, find
+from meme_dist.data.sets._download import Remote, find, present
 from meme_dist.data.sets._idx import read_idx
 from meme_dist.data.sets._missing import check_partly_paired
 from meme_dist.data.sets._names import NAMES
@@ -76,7 +76,6 @@ def mnist_svhn(
         return partial_rows(part.data, indices, label, rest=rest, seed=number, purpose=f"mnist_svhn/{split}")
 
     keywords = {
-        "source": None if source is None else str(source),
         "pairing": pairing,
         "permutations": permutations,
         "paired_fraction": paired_fraction,
@@ -84,7 +83,12 @@ def mnist_svhn(
         "unpaired": unpaired,
         "seed": seed,
     }
-    return Dataset("mnist_svhn", fields, rows, NAMES, keywords)
+    return Dataset("mnist_svhn", fields, rows, NAMES, keywords, files=lambda: _files(source))
+
+
+def _files(source: Path | None) -> list[Path]:
+    """Those of the user; downloads are always the same files, which `find` sees to."""
+    return [] if source is None else list(present([file for split in FILES.values() for file in split], source).values())
 
 
 def _match(labels: Labels, pairing: str, permutations: int, rng: np.random.Generator) -> Indices:

@@ -78,9 +78,13 @@ def planted(
 
     size = 64 if images == "digits" else (28 // POOL) ** 2
     field = Field(kind="vector", shape=(size,), codec="npy", likelihood="normal")
-    given = {"images": images, "source": None if source is None else str(source), "sources": sources}
-    keywords = {**given, "noise": noise, "rows": rows, "missing": missing, "seed": seed}
-    return Dataset("planted", dict.fromkeys(names, field), generate, GARMENTS if images == "fashion" else NAMES, keywords)
+
+    def files() -> list[Path]:
+        return [] if images == "digits" or source is None else locate(source, [FILES[images]])
+
+    keywords = {"images": images, "sources": sources, "noise": noise, "rows": rows, "missing": missing, "seed": seed}
+    classes = GARMENTS if images == "fashion" else NAMES
+    return Dataset("planted", dict.fromkeys(names, field), generate, classes, keywords, files=files)
 
 
 def ceiling(observed: int, *, noise: float, classes: int = CLASSES) -> float:

@@ -62,8 +62,12 @@ def polymnist(*, source: Path, modalities: int = 5, rows: int = ALL_ROWS, missin
         return map(row, order, observed, corner)
 
     field = Field(kind="image", shape=(3, SIDE, SIDE), codec="npy", likelihood="laplace")
-    keywords = {"source": str(source), "modalities": modalities, "rows": rows, "missing": missing, "seed": seed}
-    return Dataset("polymnist", dict.fromkeys(names, field), generate, NAMES, keywords)
+    keywords = {"modalities": modalities, "rows": rows, "missing": missing, "seed": seed}
+
+    def files() -> list[Path]:
+        return [*locate(source, [MNIST]), *_photograph_files(source, modalities)]
+
+    return Dataset("polymnist", dict.fromkeys(names, field), generate, NAMES, keywords, files=files)
 
 
 def composed(photograph: np.ndarray, digit: np.ndarray, corner: np.ndarray) -> np.ndarray:
@@ -79,13 +83,17 @@ def composed(photograph: np.ndarray, digit: np.ndarray, corner: np.ndarray) -> n
 
 def photographs(source: Path, modalities: int) -> list[np.ndarray]:
     """A photograph [H, W, 3] of bytes for each modality. Raises ValueError where there are too few, or a file is too small or no PNG."""
+    images = [_read(file) for file in _photograph_files(source, modalities)]
+    return [_turned(images[number % len(images)], number // len(images)) for number in range(modalities)]
+
+
+def _photograph_files(source: Path, modalities: int) -> list[Path]:
     folder = source / "photographs" if (source / "photographs").is_dir() else source
     files = sorted(folder.glob("*.png"))
     if TURNS * len(files) < modalities:
         need = -(-modalities // TURNS)
         raise ValueError(f"{folder}: {modalities} modalities need at least {need} photographs (.png), got {len(files)}; put some there")
-    images = [_read(file) for file in files[:modalities]]
-    return [_turned(images[number % len(images)], number // len(images)) for number in range(modalities)]
+    return files[:modalities]
 
 
 def _turned(photograph: np.ndarray, turn: int) -> np.ndarray:

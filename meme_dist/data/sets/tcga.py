@@ -30,7 +30,7 @@ def tcga(*, source: Path, seed: int = 0) -> Dataset:
         return rows_of(omics, dict.fromkeys(omics, order), np.ones((len(order), len(omics)), dtype=bool), label[order])
 
     fields = {name: Field(kind="vector", shape=(size,), codec="npy", likelihood="normal") for name, size in OMICS.items()}
-    return Dataset("tcga", fields, rows, CLASSES, {"source": str(source), "seed": seed})
+    return Dataset("tcga", fields, rows, CLASSES, {"seed": seed}, files=lambda: locate(source, [FILE]))
 
 
 def read(split: str, source: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
