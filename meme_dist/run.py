@@ -31,7 +31,7 @@ from meme_dist.cost import Meter
 from meme_dist.data.first import first_batch
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
-from meme_dist.data.source import absolute, check_local
+from meme_dist.data.source import absolute
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
@@ -41,6 +41,7 @@ from meme_dist.progress import shown, stage
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.keywords import defaults, flatten
 from meme_dist.recipes.named import recipe_of, short
+from meme_dist.train.claim import Claim, on_main
 from meme_dist.train.heartbeat import Heart
 from meme_dist.train.signals import Stop
 from meme_dist.train.trainer import Trainer
@@ -106,11 +107,7 @@ def ranks() -> Ranks:
 
 
 def run_folder(name: str) -> Path:
-    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is.
-
-    Raises ValueError for an address.
-    """
-    check_local(name)
+    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is."""
     path = Path(name)
     if path.name == record.FILE:
         return path.parent
@@ -134,7 +131,15 @@ def train(name: str, arguments: Mapping[str, Any], where: Where, *, console: Con
 
 
 def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop, *, console: Console) -> bool:
-    """The training itself, from the objective to the report; False where it was stopped before its last step."""
+    """The training itself, from the objective to the report; False where it was stopped before its last step.
+
+    Meanwhile the run's folder is this training's alone: ValueError, on all ranks, where another one is at work there.
+    """
+    with Claim() as claim:
+        return _train_claimed(prepared, where, started, stop, claim, console=console)
+
+
+def _train_claimed(prepared: Prepared, where: Where, started: Ranks, stop: Stop, claim: Claim, *, console: Console) -> bool:
     heart = Heart(prepared.folder, rank=started.rank, world=started.world)
     objective = initial_objective(prepared.recipe, prepared.manifest)
     parameters = sum(p.numel() for p in objective.parameters())  # before an engine shards them
@@ -142,8 +147,10 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
     if trainer.is_main:
         about = f"{prepared.folder}: {prepared.name}, {described(prepared.manifest)}, {trainer.engine.name} on {trainer.world}"
         console.print(about, soft_wrap=True)
-    if where.resume is not None and not trainer.resume() and trainer.is_main:
-        console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
+    if where.resume is not None:
+        on_main(trainer.is_main, trainer.reduce, lambda: claim.begin(prepared.folder))
+        if not trainer.resume() and trainer.is_main:
+            console.print(f"{prepared.folder}: it has no checkpoint yet, so it starts from the beginning", soft_wrap=True)
     training = prepared.recipe.training
     if trainer.step > training.steps:
         raise ValueError(
@@ -151,7 +158,7 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
             f"give --steps {trainer.step} or more, or start a new run from its settings: --like {prepared.folder}"
         )
     watch = Watch(prepared, trainer, where.data / "classifiers" if where.evaluate else None, console=console)
-    _write_down(prepared, trainer, new=where.resume is None)
+    _write_down(prepared, trainer, claim, new=where.resume is None)
     meter = Meter()
 
     def look() -> None:
@@ -182,47 +189,32 @@ def train_prepared(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
     """The recipe, its shards (written where they are not there yet) and the folder for the run, which is not made yet."""
-    check_local(where.data)
     keywords, folder = flatten(arguments), _folder(name, where, started.world)
-    old = None if where.resume is None else record.load(folder)
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
-    if old is not None:
-        record.check_unchanged(folder, old, name, keywords, defaults(recipe_of(name)))
+    if where.resume is not None:
+        record.check_unchanged(folder, record.load(folder), name, keywords, defaults(recipe_of(name)))
     elif started.rank == 0:  # before an hour of writing shards
         record.check_new(folder)
     recipe = recipe_of(name)(**arguments)
-    if old is not None and _same_source(old, keywords) and (Path(old.shards) / MANIFEST).is_file():
-        manifest = Manifest.load(old.shards)  # its own, also where the files that they were made from have gone or are others by now
-    else:
-        manifest = shards_of(recipe, where.data, started, console=console)
+    manifest = shards_of(recipe, where.data, started, console=console)
     return Prepared(name, recipe, keywords, manifest, folder)
 
 
 def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -> Manifest:
-    """The recipe's shards: those that it names, or its data set written into a folder of its own, once.
-
-    A hash in the folder's name stands for the keywords and for the content of the files that the rows are read from.
-    """
-    check_local(data)
+    """The recipe's shards: those that it names, or its data set written into a folder of its own (once; a hash names the keywords)."""
     if recipe.shards is not None:
         return Manifest.load(recipe.shards)
     assert recipe.dataset is not None
-    dataset = recipe.dataset.sealed()
-    key = {"source": dataset.source, "fields": {name: field.to_json() for name, field in dataset.fields.items()}}
+    key = {"source": recipe.dataset.source, "fields": {name: field.to_json() for name, field in recipe.dataset.fields.items()}}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = data / f"{dataset.name}-{digest}"
+    folder = data / f"{recipe.dataset.name}-{digest}"
     if started.local != 0:  # one process of each machine writes
         _wait_for(folder / MANIFEST)
         return Manifest.load(folder)
     new = not (folder / MANIFEST).is_file()
-    with stage(f"writing the rows of {dataset.name} into shards: {folder}", console=console, visible=new):
-        return write_shards(dataset, folder)
-
-
-def _same_source(old: record.Record | None, keywords: Mapping[str, Any]) -> bool:
-    """Does a run read its rows from where it began, as it was told then?"""
-    return old is not None and all(keywords.get(place) == old.keywords.get(place) for place in record.PLACES)
+    with stage(f"writing the rows of {recipe.dataset.name} into shards: {folder}", console=console, visible=new):
+        return write_shards(recipe.dataset, folder)
 
 
 def initial_objective(recipe: Recipe, manifest: Manifest) -> Objective:
@@ -256,14 +248,18 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, s
     return Trainer(objective, stream, training, folder=prepared.folder, configuration=own, defaults=known, stop=stop, heart=heart)
 
 
-def _write_down(prepared: Prepared, trainer: Trainer, *, new: bool) -> None:
+def _write_down(prepared: Prepared, trainer: Trainer, claim: Claim, *, new: bool) -> None:
     """The run's folder and its run.json, or where a resumed run's shards are now. Collective: then every rank may write there."""
     name, _, keywords, manifest, folder = prepared
-    if trainer.is_main and new:
-        record.create(folder, record.describe(name, keywords, manifest.address, world=trainer.world), manifest)
-    elif trainer.is_main:
-        record.move(folder, manifest, keywords)
-    trainer.reduce(torch.zeros(1))
+
+    def write() -> None:
+        if new:
+            record.create(folder, record.describe(name, keywords, manifest.address, world=trainer.world), manifest)
+            claim.begin(folder)
+        else:
+            record.move(folder, manifest, keywords)
+
+    on_main(trainer.is_main, trainer.reduce, write)
 
 
 def described(manifest: Manifest) -> str:
