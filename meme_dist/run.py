@@ -31,7 +31,7 @@ from meme_dist.cost import Meter
 from meme_dist.data.first import first_batch
 from meme_dist.data.index import MANIFEST, Manifest
 from meme_dist.data.shards import write_shards
-from meme_dist.data.source import absolute
+from meme_dist.data.source import absolute, check_local
 from meme_dist.data.stream import Evaluation, Stream
 from meme_dist.evaluate import evaluate, values
 from meme_dist.metrics.coherence import cross_coherence, source_sets
@@ -107,7 +107,11 @@ def ranks() -> Ranks:
 
 
 def run_folder(name: str) -> Path:
-    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is."""
+    """Where a run of this name is: a bare name stands in runs/ (unless a run is right here), a path is taken as it is.
+
+    Raises ValueError for an address.
+    """
+    check_local(name)
     path = Path(name)
     if path.name == record.FILE:
         return path.parent
@@ -189,32 +193,47 @@ def _train_claimed(prepared: Prepared, where: Where, started: Ranks, stop: Stop,
 
 def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Ranks, *, console: Console) -> Prepared:
     """The recipe, its shards (written where they are not there yet) and the folder for the run, which is not made yet."""
+    check_local(where.data)
     keywords, folder = flatten(arguments), _folder(name, where, started.world)
+    old = None if where.resume is None else record.load(folder)
     if "shards" in keywords:  # a run must find them from any folder
         keywords["shards"] = absolute(keywords["shards"])
-    if where.resume is not None:
-        record.check_unchanged(folder, record.load(folder), name, keywords, defaults(recipe_of(name)))
+    if old is not None:
+        record.check_unchanged(folder, old, name, keywords, defaults(recipe_of(name)))
     elif started.rank == 0:  # before an hour of writing shards
         record.check_new(folder)
     recipe = recipe_of(name)(**arguments)
-    manifest = shards_of(recipe, where.data, started, console=console)
+    if old is not None and _same_source(old, keywords) and (Path(old.shards) / MANIFEST).is_file():
+        manifest = Manifest.load(old.shards)  # its own, also where the files that they were made from have gone or are others by now
+    else:
+        manifest = shards_of(recipe, where.data, started, console=console)
     return Prepared(name, recipe, keywords, manifest, folder)
 
 
 def shards_of(recipe: Recipe, data: Path, started: Ranks, *, console: Console) -> Manifest:
-    """The recipe's shards: those that it names, or its data set written into a folder of its own (once; a hash names the keywords)."""
+    """The recipe's shards: those that it names, or its data set written into a folder of its own, once.
+
+    A hash in the folder's name stands for the keywords and for the content of the files that the rows are read from.
+    """
+    check_local(data)
     if recipe.shards is not None:
         return Manifest.load(recipe.shards)
     assert recipe.dataset is not None
-    key = {"source": recipe.dataset.source, "fields": {name: field.to_json() for name, field in recipe.dataset.fields.items()}}
+    dataset = recipe.dataset.sealed()
+    key = {"source": dataset.source, "fields": {name: field.to_json() for name, field in dataset.fields.items()}}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = data / f"{recipe.dataset.name}-{digest}"
+    folder = data / f"{dataset.name}-{digest}"
     if started.local != 0:  # one process of each machine writes
         _wait_for(folder / MANIFEST)
         return Manifest.load(folder)
     new = not (folder / MANIFEST).is_file()
-    with stage(f"writing the rows of {recipe.dataset.name} into shards: {folder}", console=console, visible=new):
-        return write_shards(recipe.dataset, folder)
+    with stage(f"writing the rows of {dataset.name} into shards: {folder}", console=console, visible=new):
+        return write_shards(dataset, folder)
+
+
+def _same_source(old: record.Record | None, keywords: Mapping[str, Any]) -> bool:
+    """Does a run read its rows from where it began, as it was told then?"""
+    return old is not None and all(keywords.get(place) == old.keywords.get(place) for place in record.PLACES)
 
 
 def initial_objective(recipe: Recipe, manifest: Manifest) -> Objective:
