@@ -10,16 +10,21 @@ attempt before left in its rendezvous, and hang. What became of an attempt is to
 
 A crash that left no newer checkpoint than the crash before it uses up the budget; progress fills it again. SIGTERM, SIGUSR1 and SIGINT are
 passed on to the ranks themselves as SIGTERM, never to the launcher: torchrun would give them 30 seconds, and it dies of SIGUSR1.
+
+Storage that fails for a moment ends no launch. If this process is killed its launch lives on: the next one that goes on with the run finds
+it by its environment, and starts nothing before it has saved and ended.
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,8 +33,10 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from meme_dist import record
+from meme_dist.data.retry import lasting, retried
 from meme_dist.flags import value_of
 from meme_dist.leave import MISTAKE, status_of
+from meme_dist.train.claim import FILE, Claim
 from meme_dist.train.signals import ECHO, EXITS, SAVED, told
 
 JOURNAL = "supervisor.jsonl"
@@ -59,10 +66,13 @@ class Limits:
 
 
 class Attempt(NamedTuple):
-    """How a launch ended: the launcher's exit status, that of each rank that left one, and the seconds that it ran."""
+    """How a launch ended: the launcher's exit status, that of each rank that left one, and the seconds that it ran.
+
+    `ranks` is None where what they left cannot be read.
+    """
 
     status: int
-    ranks: Mapping[int, int]
+    ranks: Mapping[int, int] | None
     seconds: float
 
 
@@ -98,8 +108,23 @@ def progress(folder: Path) -> int:
     return max(map(_step_of, found), default=-1)
 
 
+def reached(folder: Path) -> int:
+    """The same, asked again where storage fails for a moment. Raises OSError where it fails for longer."""
+    return retried(str(folder), lambda: progress(folder))
+
+
+def statuses(exits: Path) -> dict[int, int] | None:
+    """What the ranks of a launch that has ended left in this folder; None where it cannot be read for longer than a moment."""
+    try:
+        return retried(str(exits), lambda: told(exits))
+    except OSError:
+        return None
+
+
 def verdict(attempt: Attempt, *, stopped: bool) -> Verdict:
     """What became of a launch. `stopped`: it was told to stop, so that however it ended, whoever told it decides about what follows."""
+    if attempt.ranks is None:  # the launcher's status alone tells nothing
+        return "stopped" if stopped else "crash"
     found = set(attempt.ranks.values()) or {attempt.status}
     if MISTAKE in found:
         return "mistake"
@@ -124,6 +149,7 @@ class Supervisor:
         self.folder = folder_of(run_of(command))
         self._told_at: float | None = None
         self._impatient = False
+        self._step = -1  # of the newest checkpoint that was seen
         self._lines: list[str] = []  # of the journal, until there is a folder to put it in
 
     def run(self) -> int:
@@ -136,15 +162,18 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _run(self) -> int:
-        words = resuming(self.command, self.folder) if self.limits.again else self.command
+        going_on = self.limits.again or value_of("--resume", self.command) is not None
+        if going_on and not self._stop_orphans():
+            return SAVED
+        words = self._words() if self.limits.again else self.command
         crashes = 0
         while True:
-            step = progress(self.folder)
+            step = self._progress()
             self._note("launch", step=step, command=words)
             attempt = self._launch(words)
             what = verdict(attempt, stopped=self._told_at is not None)
-            crashes = 0 if what != "crash" or progress(self.folder) > step else crashes + 1
-            self._note(what, step=progress(self.folder), status=attempt.status, ranks=dict(attempt.ranks), seconds=attempt.seconds)
+            crashes = 0 if what != "crash" or self._progress() > step else crashes + 1
+            self._note(what, step=self._progress(), status=attempt.status, ranks=attempt.ranks, seconds=attempt.seconds)
             if what != "crash":
                 return {"done": 0, "mistake": MISTAKE, "stopped": SAVED}[what]
             if crashes > self.limits.budget:
@@ -152,7 +181,33 @@ class Supervisor:
                 return 1
             if not self._wait(pause(self.limits, crashes)):
                 return SAVED
-            words = resuming(self.command, self.folder)
+            words = self._words()
+
+    def _words(self) -> list[str]:
+        return retried(str(self.folder), lambda: resuming(self.command, self.folder))
+
+    def _progress(self) -> int:
+        """The step of the newest checkpoint; the last that was known where the folder cannot be read."""
+        with suppress(OSError):
+            self._step = reached(self.folder)
+        return self._step
+
+    def _stop_orphans(self) -> bool:
+        """What a killed supervisor of this run left: its ranks save and end, its folders go. False where this one was told to stop then."""
+        left, deadline, signalled = Orphans(self.folder), time.monotonic() + self.limits.stopping, set[int]()
+        retried(str(self.folder.parent), left.check)
+        if found := left.processes():
+            self._note("orphans", processes=[str(process) for process in found])
+        while left.processes() and self._told_at is None and time.monotonic() < deadline:
+            for process in set(left.leaders()) - signalled:  # whoever leads once a launcher without ranks has gone is told too
+                signalled.add(process)
+                _send(process, signal.SIGTERM)
+            time.sleep(POLL)
+        if self._told_at is None:
+            left.end()
+            with suppress(OSError):  # a folder that stays is in nobody's way
+                left.clear()
+        return self._told_at is None
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -169,17 +224,22 @@ class Supervisor:
         return self._told_at is None
 
     def _launch(self, words: Sequence[str]) -> Attempt:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        # Beside the run's folder, so that ranks on other machines reach it too; the folder itself must not exist before the run.
-        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent, ignore_cleanup_errors=True) as exits:
-            exits = str(Path(exits).resolve())
-            launch = Launch(words, exits)
+        with retried(str(self.folder.parent), self._exits) as made, Claim() as claim:
+            exits = Path(made).resolve()
+            with suppress(OSError):  # storage gone for a moment: then the next supervisor cannot tell that this one is alive
+                claim.take(exits)
+            launch = Launch(words, str(exits))
             try:
-                self._attend(launch, Path(exits))
+                self._attend(launch, exits)
             finally:
                 launch.end()
-            return Attempt(launch.process.wait(), told(Path(exits)), round(time.monotonic() - start, 1))
+            return Attempt(launch.process.wait(), statuses(exits), round(time.monotonic() - start, 1))
+
+    def _exits(self) -> "tempfile.TemporaryDirectory[str]":
+        """A folder beside the run's, so that ranks on other machines reach it too; the run's own must not exist before the run."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent, ignore_cleanup_errors=True)
 
     def _attend(self, launch: "Launch", exits: Path) -> None:
         """Return once the launch has ended, or it is time to end it."""
@@ -188,8 +248,9 @@ class Supervisor:
             if self._told_at is not None and not passed_on:
                 passed_on, deadline = True, time.monotonic() + self.limits.stopping
                 launch.stop()
-            if set(told(exits).values()) - {0, SAVED}:
-                deadline = min(deadline, time.monotonic() + self.limits.failing)
+            with suppress(OSError):  # then nothing is told yet: a healthy training does not end because its storage was away for a moment
+                if set(told(exits).values()) - {0, SAVED}:
+                    deadline = min(deadline, time.monotonic() + self.limits.failing)
             time.sleep(POLL)
 
     def _note(self, event: str, **what: Any) -> None:
@@ -197,29 +258,33 @@ class Supervisor:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **what}
         self._lines.append(json.dumps(line))
         shown = ", ".join(f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in what.items())
-        print(f"supervise: {event}: {shown}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on storage that is away
+            print(f"supervise: {event}: {shown}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # then with the next line
+            retried(str(self.folder), self._write)
+
+    def _write(self) -> None:
         if (self.folder / record.FILE).is_file():
             with open(self.folder / JOURNAL, "a", encoding="utf-8") as file:
                 file.writelines(f"{text}\n" for text in self._lines)
             self._lines = []
 
 
-class Launch:
-    """A launched command in a process group of its own, and every process that came of it: they all carry its mark in their environment."""
+class Marked:
+    """The processes of this machine that tell how they end in such a folder (a regular expression), those whose parent has died too."""
 
-    def __init__(self, words: Sequence[str], mark: str):
-        self._mark = f"{EXITS}={mark}".encode()
-        # A launcher dies of SIGUSR1 and leaves its ranks behind. This one ignores it; so do its ranks, until they set their own handlers.
-        usual = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        try:
-            self.process = subprocess.Popen(list(words), env={**os.environ, EXITS: mark}, start_new_session=True)
-        finally:
-            signal.signal(signal.SIGUSR1, usual)
+    def __init__(self, exits: str):
+        self._mark = re.compile(os.fsencode(f"{EXITS}={exits}"), re.DOTALL)
 
-    def stop(self) -> None:
-        """SIGTERM to the ranks, once each and not to their helpers (a loader's worker would die of it); without ranks, to the command."""
-        for process in self._ranks() or [self.process.pid]:
-            _send(process, signal.SIGTERM)
+    def processes(self) -> list[int]:
+        """Those that still live."""
+        return sorted(self._environments())
+
+    def leaders(self) -> list[int]:
+        """Whom to tell to stop: the ranks, or all where there are none; not the helpers that they started, which would die of it."""
+        found = self._environments()
+        ranks = {process for process, held in found.items() if any(entry.startswith(b"RANK=") for entry in held)} or set(found)
+        return sorted(process for process in ranks if _parent(process) not in ranks)
 
     def end(self) -> None:
         """End all that is left: SIGTERM, and SIGKILL after a few seconds."""
@@ -230,17 +295,61 @@ class Launch:
             while self.processes() and time.monotonic() < deadline:
                 time.sleep(POLL / 4)
 
-    def processes(self) -> list[int]:
-        """The processes of this launch that still live on this machine, those whose parent has died too."""
-        if not PROCESSES.is_dir():  # not Linux: the command alone is known
-            return [self.process.pid] if self.process.poll() is None else []
-        self.process.poll()
-        return [process for process, environment in _environments() if self._mark in environment]
+    def _environments(self) -> dict[int, list[bytes]]:
+        others = (entry for entry in _environments() if entry[0] != os.getpid())
+        return {process: held for process, held in others if any(map(self._mark.fullmatch, held))}
 
-    def _ranks(self) -> list[int]:
-        marked = {process: environment for process, environment in _environments() if self._mark in environment}
-        ranks = {process for process, environment in marked.items() if any(entry.startswith(b"RANK=") for entry in environment)}
-        return sorted(process for process in ranks if _parent(process) not in ranks)
+
+class Launch(Marked):
+    """A launched command in a process group of its own, and every process that came of it: they all carry its mark in their environment."""
+
+    def __init__(self, words: Sequence[str], mark: str):
+        super().__init__(re.escape(mark))
+        # A launcher dies of SIGUSR1 and leaves its ranks behind. This one ignores it; so do its ranks, until they set their own handlers.
+        usual = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        try:
+            self.process = subprocess.Popen(list(words), env={**os.environ, EXITS: mark}, start_new_session=True)
+        finally:
+            signal.signal(signal.SIGUSR1, usual)
+
+    def stop(self) -> None:
+        """SIGTERM to the ranks, once each; without ranks, to the command."""
+        for process in self.leaders() or [self.process.pid]:
+            _send(process, signal.SIGTERM)
+
+    def processes(self) -> list[int]:
+        """Those that still live; where the system is not Linux, the command alone is known."""
+        alive = self.process.poll() is None
+        if not PROCESSES.is_dir():
+            return [self.process.pid] if alive else []
+        return super().processes()
+
+
+class Orphans(Marked):
+    """What a killed supervisor of a run left: processes, and the hidden folder in which they tell how they ended."""
+
+    def __init__(self, run: Path):
+        self._parent, self._name = run.parent.resolve(), re.compile(rf"\.{re.escape(run.name)}-[a-z0-9_]{{8}}")  # of tempfile
+        super().__init__(re.escape(f"{self._parent}{os.sep}") + self._name.pattern)
+
+    def check(self) -> None:
+        """Raise ValueError where the supervisor of these processes lives."""
+        for folder in self._folders():
+            with Claim() as claim:
+                if (holder := claim.take(folder)) is not None:
+                    raise ValueError(f"supervise: {holder} supervises this run already; wait for it, or stop it with SIGTERM: it saves")
+
+    def clear(self) -> None:
+        """Remove the folders."""
+        for folder in self._folders():
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+
+    def _folders(self) -> list[Path]:
+        """Those of that name with nothing in them but what supervised ranks leave."""
+        found = [path for path in self._parent.glob(".*") if self._name.fullmatch(path.name) and path.is_dir()]
+        return [path for path in found if all(re.fullmatch(rf"rank-\d+|{re.escape(FILE)}", part.name) for part in path.iterdir())]
 
 
 def _environments() -> Iterator[tuple[int, list[bytes]]]:
@@ -259,17 +368,19 @@ def _parent(process: int) -> int:
 
 
 def _send(process: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(process, number)
-    except ProcessLookupError:
-        pass
 
 
 def _step_of(state: Path) -> int:
     try:
         return int(json.loads(state.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return -1
+    except OSError as error:
+        if lasting(error):
+            return -1
+        raise
 
 
 def main(words: Sequence[str]) -> int:

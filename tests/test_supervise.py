@@ -4,13 +4,15 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,6 +215,113 @@ def test_ranks_that_outlive_their_launcher_are_killed(folder: Path, monkeypatch:
     monkeypatch.setattr(supervise, "LAST_WORDS", 0.5)
     assert Supervisor(command(ORPHANS + "os.kill(os.getpid(), signal.SIGKILL)", folder), Limits(budget=0, pause=0.0)).run() == 1
     assert left(folder) == []
+
+
+# ---- storage that is away for a moment --------------------------------------------------------------------------------------------
+
+
+def faltering(call: Callable[..., Any], *, seen: list[int]) -> Callable[..., Any]:
+    """Fails the first time and every other: each call once, before it works."""
+
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(len(seen))
+        if len(seen) % 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return call(*arguments, **keywords)
+
+    return called
+
+
+@pytest.mark.parametrize("what", ["told", "progress", "open"])
+def test_storage_that_fails_for_a_moment_ends_no_launch_and_changes_no_verdict(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr("meme_dist.data.retry.FIRST_WAIT", 0.01)
+    monkeypatch.setattr(supervise, "POLL", 0.02)
+    seen: list[int] = []
+    monkeypatch.setattr(supervise, what, faltering(getattr(supervise, what, open), seen=seen), raising=False)
+    body = "begin(); save(10 * count); time.sleep(0.3); (run / f'whole-{count}').touch(); end(0 if count == 2 else 1)"
+    assert Supervisor(command(body, folder), Limits(budget=1, pause=0.0)).run() == 0
+    assert kinds(folder) == ["launch", "crash", "launch", "crash", "launch", "done"] and len(seen) >= 6
+    assert all((folder / f"whole-{count}").exists() for count in range(3))  # none was ended before its time
+    assert [event["step"] for event in events(folder)] == [-1, 0, 0, 10, 10, 20]
+    assert [event["ranks"] for event in events(folder) if "ranks" in event] == [{"0": 1}, {"0": 1}, {"0": 0}]
+
+
+def test_a_launch_whose_ranks_cannot_be_asked_counts_as_a_crash(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(folder: Path) -> dict[int, int]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("meme_dist.data.retry.FIRST_WAIT", 0.01)
+    monkeypatch.setattr(supervise, "told", away)
+    assert Supervisor(command("begin(); end(0)", folder), Limits(budget=0, pause=0.0)).run() == 1
+    assert kinds(folder) == ["launch", "crash", "hopeless"] and events(folder)[1]["ranks"] is None
+
+
+# ---- a supervisor that was killed -------------------------------------------------------------------------------------------------
+
+ALONE = """
+def lives(process):
+    try:
+        return (Path("/proc") / process / "environ").read_bytes() != b""
+    except OSError:
+        return False
+begin()
+with open(run / "processes", "a+") as file:
+    file.seek(0)
+    beside = [process for process in file.read().split() if lives(process)]
+    file.write(f"{os.getpid()}\\n")
+(run / f"beside-{count}").write_text(" ".join(beside))
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); (run / f"ready-{count}").touch()
+while count == 0 and not heard: time.sleep(0.05)
+time.sleep(0.5)
+save(7 + count)
+end(0 if count else 75)
+"""
+
+
+def test_what_a_killed_supervisor_left_has_saved_and_ended_before_anything_is_launched(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = command(ALONE, folder)
+    environment = {**os.environ, "PYTHONPATH": str(Path(supervise.__file__).parents[1])}
+    first = subprocess.Popen([sys.executable, "-m", "meme_dist.supervise", "--", *words], env=environment)
+    try:
+        deadline = time.monotonic() + 30
+        while not (folder / "ready-0").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert main(["--again", "--", *words]) == 2 and not (folder / "ready-1").exists()
+        assert f"process {first.pid} on {socket.gethostname()} supervises this run already" in capfd.readouterr().err
+        first.kill()
+        first.wait()
+        mine = folder.with_name(f".{folder.name}-original")  # a name like those of the folders for exits, and somebody's files
+        mine.mkdir()
+        (mine / "thesis.tex").touch()
+        assert len(left(folder)) == 1
+        assert Supervisor(words, Limits(again=True)).run() == 0
+        assert [(folder / f"beside-{count}").read_text() for count in range(2)] == ["", ""]
+        assert kinds(folder) == ["orphans", "launch", "done"] and [event.get("step") for event in events(folder)] == [None, 7, 8]
+        assert sorted(folder.parent.iterdir()) == [mine, folder] and list(mine.iterdir()) == [mine / "thesis.tex"]
+    finally:
+        first.kill()
+        for process in left(folder):
+            os.kill(int(process), signal.SIGKILL)
+
+
+def test_the_processes_of_a_run_of_a_longer_name_are_none_of_this_one(folder: Path) -> None:
+    for run, exits, own in (
+        ("a", "a-abcd1234", True),
+        ("a", "a-b-abcd1234", False),
+        ("a-b", "a-b-abcd1234", True),
+        ("a", "ba-abcd1234", False),
+    ):
+        process = subprocess.Popen(["sleep", "60"], env={"MEME_DIST_EXITS": str(folder.parent / f".{exits}")})
+        try:
+            assert (process.pid in supervise.Orphans(folder.with_name(run)).processes()) == own
+        finally:
+            process.kill()
+            process.wait()
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------------------------

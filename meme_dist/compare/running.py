@@ -12,6 +12,7 @@ process is killed its runs live on: the next one finds them by their environment
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,8 +34,8 @@ from meme_dist.compare.tabulation import LOGS, RUNS, measured
 from meme_dist.data.index import Manifest
 from meme_dist.report import REPORT
 from meme_dist.run import DATA
-from meme_dist.supervise import POLL, Attempt, Launch, progress, verdict
-from meme_dist.train.signals import ECHO, EXITS, SAVED, told
+from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
+from meme_dist.train.signals import ECHO, EXITS, SAVED
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
 UNFINISHED = f"{record.FILE}.tmp"
@@ -73,7 +74,7 @@ class Child(Launch):
     """A launch whose output goes to a file."""
 
     def __init__(self, words: Sequence[str], exits: Path, *, output: IO[bytes], environment: Mapping[str, str]):
-        self._mark = f"{EXITS}={exits}".encode()
+        Marked.__init__(self, re.escape(str(exits)))
         surroundings = {**environment, EXITS: str(exits)}
         self.process = subprocess.Popen(list(words), env=surroundings, stdout=output, stderr=output, start_new_session=True)
 
@@ -113,12 +114,12 @@ class Runner:
 
     def how_far(self, cell: Cell) -> str:
         """A cell's state in words."""
-        steps, reached = cell.keywords["steps"], progress(self.path(cell))
+        steps, step = cell.keywords["steps"], reached(self.path(cell))
         if self._is(cell, "measured"):
             return "measured"
-        if reached < 0:
+        if step < 0:
             return "not begun"
-        return "trained, not measured" if reached >= steps else f"at step {reached:,} of {steps:,}"
+        return "trained, not measured" if step >= steps else f"at step {step:,} of {steps:,}"
 
     def __enter__(self) -> "Runner":
         self.check()
@@ -173,10 +174,10 @@ class Runner:
                 record.check_unchanged(folder, old, self.plan.recipe, cell.keywords, cells.defaults(self.plan.recipe))
             except ValueError as error:
                 raise ValueError(f"{error}. Or compare in another folder: --out FOLDER") from None
-            if (reached := progress(folder)) > cell.keywords["steps"]:
+            if (step := reached(folder)) > cell.keywords["steps"]:
                 raise ValueError(
-                    f"{folder}: was trained for {reached} steps, more than the {cell.keywords['steps']} it is asked for; "
-                    f"give --steps {reached} or more. Or compare in another folder: --out FOLDER"
+                    f"{folder}: was trained for {step} steps, more than the {cell.keywords['steps']} it is asked for; "
+                    f"give --steps {step} or more. Or compare in another folder: --out FOLDER"
                 )
         elif folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
             raise ValueError(f"{folder}: expected a run, found files without {record.FILE}; move the folder away")
@@ -191,7 +192,7 @@ class Runner:
     def _is(self, cell: Cell, state: Literal["trained", "measured"]) -> bool:
         steps = cell.keywords["steps"]
         there = measured(self.folder / RUNS / cell.folder, steps)
-        return there or state == "trained" and cell.pool is None and progress(self.path(cell)) >= steps
+        return there or state == "trained" and cell.pool is None and reached(self.path(cell)) >= steps
 
     def _check_judge(self) -> None:
         path = self.folder / cells.FILE
@@ -282,13 +283,13 @@ class Runner:
             attempted.child.end()
             self._active.remove(attempted)
             seconds = time.monotonic() - attempted.since
-            attempt = Attempt(attempted.child.process.wait(), told(attempted.exits), seconds)
+            attempt = Attempt(attempted.child.process.wait(), statuses(attempted.exits), seconds)
             what = verdict(attempt, stopped=self._told_at is not None)
             self._settle(attempted.task, what if what != "stopped" or self._told_at is not None else "crash", attempt)
 
     def _settle(self, task: Task, what: str, attempt: Attempt) -> None:
-        reached = self._is(task.cell, "trained" if task.what == "train" and self._apart else "measured")
-        if what == "done" and reached:
+        complete = self._is(task.cell, "trained" if task.what == "train" and self._apart else "measured")
+        if what == "done" and complete:
             self._say(task, f"done in {attempt.seconds:.0f} s")
         elif self._told_at is not None:
             self._say(task, "stopped")
@@ -339,10 +340,7 @@ class Runner:
 
 def orphans_of(folder: Path) -> list[int]:
     """Processes that were started for this comparison, told by their environment: ranks if there are any, and no workers of theirs."""
-    mark = f"{EXITS}={folder / 'exits'}{os.sep}".encode()
-    found = {process: held for process, held in supervise._environments() if any(entry.startswith(mark) for entry in held)}
-    ranks = {process for process, held in found.items() if any(entry.startswith(b"RANK=") for entry in held)} or set(found)
-    return sorted(process for process in ranks if supervise._parent(process) not in ranks)
+    return Marked(re.escape(f"{folder / 'exits'}{os.sep}") + ".*").leaders()
 
 
 def _alike(*runs: Path | str) -> bool:
