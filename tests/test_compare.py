@@ -1,6 +1,7 @@
 """Laws of comparisons: what is planned is what is run, once; what is reported is what the runs hold; what fails takes nothing with it."""
 
 import csv
+import fcntl
 import inspect
 import io
 import json
@@ -540,6 +541,21 @@ def test_what_a_killed_comparison_left_running_is_stopped_before_anything_starts
     words, saved, again, *_ = (home / "logs" / "meme-seed0.log").read_text().splitlines()
     assert words.startswith("$") and saved.startswith("saved at step") and "--resume" in again
     assert orphans_of(home.resolve()) == [] and calls(home) == ["train meme-seed0"] * 2 + ["train meme-seed1"]
+
+
+def test_a_second_comparison_touches_nothing_that_the_first_is_just_making(home: Path, shards: Path) -> None:
+    plan = plan_of("--models", "meme", "--seeds", "0")
+    for making in ((), ("run.json.tmp",)):
+        run = home / "runs" / "meme-seed0"
+        run.mkdir(parents=True, exist_ok=True)
+        for name in making:
+            (run / name).touch()
+        with open(home / ".lock", "w") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match="another comparison is at work here"):
+                pretend(home, plan, shards)
+        assert [path.name for path in run.iterdir()] == list(making)
+    assert pretend(home, plan, shards) == 0  # what a killed process left so is cleared away
 
 
 def test_one_runs_rows_judge_all_and_are_asked_first(home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,8 +123,6 @@ class Runner:
 
     def __enter__(self) -> "Runner":
         self.check()
-        for cell in self.cells:
-            self._clear(cell)
         for name in (RUNS, LOGS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w", encoding="ascii")
@@ -147,6 +145,8 @@ class Runner:
     def run(self) -> int:
         """Until nothing is left to do; 0, 1 where something failed, 75 where it was told to stop."""
         self._stop_orphans()
+        for cell in self.cells:  # not before: somebody else's processes may be making a run here
+            self._clear(cell)
         while True:
             self._reap()
             self._pass_on()
