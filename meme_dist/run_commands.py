@@ -38,7 +38,7 @@ def evaluate(words: list[str]) -> int:
             seed: Seed of the draws; by default the run's.
             judge: Another run whose data trains the classifiers: the same judges for runs on different shares of the rows.
             pool: How several inputs combine: as the model was made to, or another way (docs/objectives.md), measured into RUN/pooled-POOL.
-            prior: The model's, or the one that `reweight` fitted, by resampling or by Langevin chains, measured into RUN/reweighted.
+            prior: The model's, or the one that `reweight` fitted, by resampling (measured into RUN/reweighted) or Langevin chains.
             split: Whose rows: test, or another one (validation, where rows were held out for it), measured into RUN/on-SPLIT.
             correlation: Components of the canonical correlations between modalities, 40 in the papers; by default the recipe's, 0 for none.
             information: Rows of the mutual-information scores, 2000 say; by default the recipe's, 0 for none.
