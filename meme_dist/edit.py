@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meme_dist import figures
 from meme_dist.data.fields import SPECIAL, Field
+from meme_dist.data.source import check_local
 from meme_dist.leave import naming
 from meme_dist.metrics.rows import device_of, evaluating, noise_of, on_device
 from meme_dist.modality import Modality
@@ -108,7 +109,8 @@ def edit(
 
 def save_edits(stored: Stored, batch: Batch, values: Mapping[str, int], folder: Path, *, draw: bool) -> list[Path]:
     """Write the rows of a batch, reconstructed and edited, into a new folder: a safetensors file and a picture. Raises ValueError for a
-    folder that exists."""
+    folder that exists, and for an address."""
+    check_local(folder)
     if folder.exists():
         raise ValueError(f"{folder}: exists already, and nothing is overwritten; choose another folder (--out)")
     made = edit(csvae(stored.objective), batch, values, draw=draw)

@@ -186,9 +186,11 @@ def export(words: list[str]) -> int:
             checkpoint: The last weights, or those with the lowest held-out loss.
             averaged: The moving average of the weights, where the run has one.
         """
+        from meme_dist.data.source import check_local
         from meme_dist.run import run_folder
         from meme_dist.train.checkpoint import export as write
 
+        check_local(out)
         step = write(run_folder(run) / "checkpoints" / checkpoint, out, averaged=averaged)
         print(f"{out}: the weights of step {step}")
         return 0

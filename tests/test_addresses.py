@@ -79,6 +79,9 @@ def test_no_writer_takes_an_address_and_nothing_is_made(
         ["train", "digits", "--data", "s3://bucket/data", "--run", "r"],
         ["train", "digits", "--run", "s3://bucket/run"],
         ["doctor", "--run", "s3://bucket/runs"],
+        ["compare", "digits", "--models", "meme", "--out", "s3://bucket/compared"],
+        ["compare", "digits", "--models", "meme", "--out", "compared", "--data", "s3://bucket/data"],
+        ["export", "r", "--out", "s3://bucket/model.safetensors"],
     ],
     ids=" ".join,
 )

@@ -32,6 +32,7 @@ from meme_dist.compare import cells, rivals
 from meme_dist.compare.cells import Cell, Plan
 from meme_dist.compare.tabulation import LOGS, RUNS, measured
 from meme_dist.data.index import Manifest
+from meme_dist.data.source import check_local
 from meme_dist.report import REPORT
 from meme_dist.run import DATA
 from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
@@ -95,6 +96,8 @@ class Runner:
     def __init__(self, plan: Plan, running: Running, *, console: Console):
         if running.jobs < 1:
             raise ValueError(f"jobs: expected at least 1, got {running.jobs}")
+        check_local(running.out)
+        check_local(running.data)
         self.plan, self.folder, self.console = plan, running.out.resolve(), console
         self.running = replace(running, data=running.data.resolve())
         self.cells = plan.cells()
