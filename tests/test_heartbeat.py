@@ -1,5 +1,6 @@
 """The watchdog names who hangs and ends the process, is quiet about slow work, and the straggler's line names the slowest rank."""
 
+import dataclasses
 import math
 import os
 import re
@@ -15,10 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from meme_dist.data.files import Shard
+from meme_dist.data.index import Manifest
+from meme_dist.data.shards import write_shards
+from meme_dist.data.stream import Stream
 from meme_dist.train import heartbeat
 from meme_dist.train.heartbeat import FOLDER, HUNG, Heart, Standing, behind, straggler
 from meme_dist.train.signals import EXITS, told
+from meme_dist.train.trainer import Trainer, Training
+from tests.data.tiny import counted
 from tests.ranks import run_ranks
+from tests.trainings import SHARDED, build, shards, stream
 
 QUICK = {"patience": 0.4, "interval": 0.05}
 
@@ -161,6 +169,56 @@ def test_storage_that_fails_leaves_a_rank_to_itself(tmp_path: Path) -> None:
             time.sleep(0.1)
         assert ended == []
         assert until(lambda: ended == [HUNG])
+
+
+ANSWER = 0.3  # seconds that a source takes to answer, a fifth of the patience of these hearts
+
+
+class Slow(Manifest):
+    """Shards that answer late, or after some of them fall silent for twice that patience."""
+
+    answers: int | None = None
+
+    def read(self, shard: Shard, begin: int, end: int) -> bytes:
+        if self.answers is not None:
+            if self.answers == 0:
+                time.sleep(10 * ANSWER)
+            object.__setattr__(self, "answers", self.answers - 1)
+        time.sleep(ANSWER)
+        return super().read(shard, begin, end)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("answers", "expected"), [(None, []), (3, [HUNG])])
+def test_a_source_that_answers_slowly_trips_no_heart_however_many_reads_a_batch_takes_and_one_that_hangs_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, answers: int | None, expected: list[int]
+) -> None:
+    """A first batch of 12 reads or more takes more than twice the patience."""
+    write_shards(counted(0, 24), tmp_path / "set", rows_per_shard=2)
+    source = Stream(tmp_path / "set", "train", batch_size=8, streams=4, seed=0, workers=workers)
+    slow = Slow(**{field.name: getattr(source.manifest, field.name) for field in dataclasses.fields(source.manifest) if field.init})
+    object.__setattr__(slow, "answers", answers)
+    source._reader.manifest = slow
+    ended: list[int] = []
+    over = threading.Event()
+    reading = threading.Thread(target=lambda: (next(iter(source)), over.set()), daemon=True)
+    reading.start()
+    assert until(lambda: source.arrived, 30.0)  # a worker's start is no part of it
+    with Heart(None, patience=5 * ANSWER, interval=ANSWER / 3, end=lambda status: (ended.append(status), over.set())) as heart:
+        heart.listen(lambda: source.arrived)
+        heart.beat("data", 1)
+        begun = time.monotonic()
+        assert over.wait(30)
+        reading.join(30 if expected else 0)  # what hung goes on, after this heart has spoken
+        assert ended == expected and (expected or time.monotonic() - begun > 1.5 * 5 * ANSWER)
+
+
+def test_a_trainer_has_its_heart_listen_to_what_its_stream_reads(tmp_path: Path) -> None:
+    heart, rows = Heart(None), stream(shards(tmp_path / "set"), batch_size=8)
+    trainer = Trainer(build(SHARDED), rows, Training(batch_size=8, steps=1), heart=heart)
+    before = heart._count()
+    next(iter(trainer))
+    assert heart._count() == rows.arrived > before
 
 
 def test_the_thread_and_the_file_end_with_the_trainer(tmp_path: Path) -> None:

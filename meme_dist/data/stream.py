@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from meme_dist.data.check import Problem
@@ -68,7 +69,7 @@ class Stream:
         self.single = self.manifest.single(split)
         rows = self.manifest.num_rows(split)
         self._damaged = _Budget(self.manifest, _at_most("damaged", damaged, rows // 2))
-        self._reader = Reader(self.manifest, split, lenient=damaged > 0)
+        self._reader = _Heard(self.manifest, split, lenient=damaged > 0)
         row_bytes = sum(shard.bytes for shard in self.manifest.shards(split)) / rows
         self._order = Order.of(rows=rows, row_bytes=row_bytes, streams=streams, seed=seed)
 
@@ -87,6 +88,11 @@ class Stream:
     def damaged(self) -> tuple[Problem, ...]:
         """The rows so far that could not be read, each once, in the order in which their turns came."""
         return tuple(self._damaged.found.values())
+
+    @property
+    def arrived(self) -> int:
+        """Grows with each answer of the source to this rank, its workers included: a batch may take many, slow and yet no hang."""
+        return int(self._reader.arrived)
 
     def admit(self, problems: Sequence[Problem]) -> None:
         """Count damaged rows: this rank's own, or those of other ranks, so that all share one budget.
@@ -187,6 +193,19 @@ class Evaluation:
             draw = number * self.batch_size + np.arange(self.batch_size)
             part = join([part]) if self.workers else part
             yield to_batch(part, draw=draw, seed=self.seed, single=self.single, labelled=bool(self.manifest.classes))
+
+
+class _Heard(Reader):
+    """A reader that counts the answers of the source in memory that its copies in worker processes share."""
+
+    def __init__(self, manifest: Manifest, split: str, *, lenient: bool):
+        super().__init__(manifest, split, lenient=lenient)
+        self.arrived = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def _bytes(self, number: int, begin: int, end: int) -> bytes:
+        data = super()._bytes(number, begin, end)
+        self.arrived += 1  # two processes at once may count as one: that it moves is all that matters
+        return data
 
 
 class _Shares:

@@ -74,6 +74,7 @@ class Heart:
         self.beats, self.step, self.where = 0, 0, "start"
         self._moved, self._resting, self._idle = True, 0, 0.0
         self._since, self._seconds, self._steps = time.perf_counter(), dict.fromkeys(KINDS, 0.0), 0
+        self._count, self._counted = (lambda: 0), 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -105,6 +106,10 @@ class Heart:
         """The main thread is at work on something slow."""
         self._moved = True
 
+    def listen(self, count: Callable[[], int]) -> None:
+        """While `count` changes the main thread waits for something that moves, such as shards that arrive, in its loader workers too."""
+        self._count = count
+
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
         """Within it nothing is suspected: for work of any length that cannot say `alive`, on this rank or on one that it waits for."""
@@ -130,7 +135,8 @@ class Heart:
         before = time.monotonic()
         while not self._ended.wait(self.interval):
             before, elapsed = (now := time.monotonic()), now - before
-            moved, self._moved = self._moved or self._resting > 0, False
+            heard, self._counted = (count := self._count()) != self._counted, count
+            moved, self._moved = self._moved or self._resting > 0 or heard, False
             self._idle = 0.0 if moved else self._idle + min(elapsed, 2 * self.interval)
             standings = self._look()
             if min(standing.idle for standing in standings) >= self.patience:

@@ -88,6 +88,7 @@ class Trainer:
         self.evaluated = 0  # the step whose evaluation `save_best` heard of last
         self.stopping = False  # all ranks agree: one of them was told to stop
         self.heart, self._stop = heart or Heart(None), stop or Stop()
+        self.heart.listen(lambda: getattr(stream, "arrived", 0))  # not every stream reads
         self.settings, self._defaults = trajectory(training, configuration), trajectory(Training(), defaults)
         startup.check_launcher(startup.parent())
         strategy = requested()
