@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
 
-from meme_dist import cli
+from meme_dist import cli, record
 from meme_dist.compare import cells, command, measurements, rivals, tabulation
 from meme_dist.compare.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
 from meme_dist.compare.report import write_report
@@ -543,18 +544,24 @@ def test_what_a_killed_comparison_left_running_is_stopped_before_anything_starts
     assert orphans_of(home.resolve()) == [] and calls(home) == ["train meme-seed0"] * 2 + ["train meme-seed1"]
 
 
-def test_a_second_comparison_touches_nothing_that_the_first_is_just_making(home: Path, shards: Path) -> None:
-    plan = plan_of("--models", "meme", "--seeds", "0")
-    for making in ((), ("run.json.tmp",)):
-        run = home / "runs" / "meme-seed0"
-        run.mkdir(parents=True, exist_ok=True)
-        for name in making:
-            (run / name).touch()
-        with open(home / ".lock", "w") as first:
-            fcntl.flock(first, fcntl.LOCK_EX)
-            with pytest.raises(ValueError, match="another comparison is at work here"):
-                pretend(home, plan, shards)
-        assert [path.name for path in run.iterdir()] == list(making)
+def half_made(run: Path) -> None:
+    """A process that is killed before the record has its name."""
+    with mock.patch("os.replace", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        record.write_json(run / record.FILE, {})
+
+
+@pytest.mark.parametrize("begin", [lambda run: None, half_made], ids=["a folder", "half a record"])
+def test_a_second_comparison_touches_nothing_that_the_first_is_just_making(home: Path, shards: Path, begin: Callable[[Path], None]) -> None:
+    plan, run = plan_of("--models", "meme", "--seeds", "0"), home / "runs" / "meme-seed0"
+    run.mkdir(parents=True)
+    begin(run)
+    making = [path.name for path in run.iterdir()]
+    assert len(making) == (begin is half_made)
+    with open(home / ".lock", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another comparison is at work here"):
+            pretend(home, plan, shards)
+    assert [path.name for path in run.iterdir()] == making
     assert pretend(home, plan, shards) == 0  # what a killed process left so is cleared away
 
 

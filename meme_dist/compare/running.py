@@ -36,10 +36,11 @@ from meme_dist.data.source import check_local
 from meme_dist.report import REPORT
 from meme_dist.run import DATA
 from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
+from meme_dist.train import durable
 from meme_dist.train.signals import ECHO, EXITS, SAVED
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
-UNFINISHED = f"{record.FILE}.tmp"
+UNFINISHED = f"{record.FILE}{durable.UNFINISHED}"
 JUDGE = "judge"  # names the run whose rows train the classifiers
 THREADS = "OMP_NUM_THREADS"
 DEVICES = "CUDA_VISIBLE_DEVICES"
