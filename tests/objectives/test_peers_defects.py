@@ -119,9 +119,9 @@ def test_what_is_decoded_is_what_is_weighed(monkeypatch: pytest.MonkeyPatch) -> 
     objective, (x, observed) = build(MMVAE, TABLE["MMVAE"]["iwae"]), complete()
     decoded: list[Tensor] = []
     weighed: list[Tensor] = []
-    reconstructions, log_weight = objective.reconstructions, objective._log_weight
+    reconstructions, log_ratio = objective.reconstructions, objective._log_ratio
     monkeypatch.setattr(objective, "reconstructions", lambda batch, z, **k: (decoded.append(z), reconstructions(batch, z, **k))[1])
-    monkeypatch.setattr(objective, "_log_weight", lambda e, samples, batch: (weighed.append(samples.z), log_weight(e, samples, batch))[1])
+    monkeypatch.setattr(objective, "_log_ratio", lambda samples, batch: (weighed.append(samples.z), log_ratio(samples, batch))[1])
     objective(pack_dense(x, observed))
     assert len(decoded) == len(weighed) == 1 and torch.equal(decoded[0], weighed[0])
 
