@@ -22,10 +22,11 @@ from torch import Tensor
 from meme_dist.data.adapters import new_h5mu
 from meme_dist.data.collate import decode, fill, to_batch
 from meme_dist.data.fields import Field
+from meme_dist.data.files import sync
 from meme_dist.data.index import Manifest
 from meme_dist.data.names import FEATURES, feature_names, row_names
 from meme_dist.data.reader import Reader
-from meme_dist.data.shards import Dataset, Row, sync, write_shards_together
+from meme_dist.data.shards import Dataset, Row, write_shards_together
 from meme_dist.data.source import check_local
 from meme_dist.metrics.completion import Predicted, predicted
 from meme_dist.metrics.predictive import can_draw, covered

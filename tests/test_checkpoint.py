@@ -73,7 +73,7 @@ class Reaper:
         monkeypatch.setattr(
             checkpoint, "_write_file", self.around(checkpoint._write_file, lambda path, content: path.write_bytes(content[:9]))
         )
-        monkeypatch.setattr(checkpoint, "sync_folder", self.around(checkpoint.sync_folder))
+        monkeypatch.setattr(checkpoint, "sync", self.around(checkpoint.sync))
         monkeypatch.setattr(checkpoint.os, "rename", self.around(os.rename))
         monkeypatch.setattr(checkpoint.shutil, "rmtree", self.around(shutil.rmtree, self.half_remove))
 

@@ -1,6 +1,7 @@
 """What is asked of single files, wherever they came from."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,3 +32,12 @@ def read_range(path: Path | str, begin: int, end: int) -> bytes:
                 break
             data += more
     return data
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's list of files, before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

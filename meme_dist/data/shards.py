@@ -21,7 +21,7 @@ from webdataset.writer import TarWriter
 from meme_dist.data import names
 from meme_dist.data.check import Problem, Report, check_shards
 from meme_dist.data.fields import Field, check_modality_names
-from meme_dist.data.files import Shard, file_sha256
+from meme_dist.data.files import Shard, file_sha256, sync
 from meme_dist.data.index import MANIFEST, TAR_BLOCK, IndexWriter, Manifest, Split, padded, record_type
 from meme_dist.data.source import check_local
 from meme_dist.ranks import Processes, hidden
@@ -369,12 +369,3 @@ def _checksums(path: Path, records: np.ndarray) -> np.ndarray:
             )
             records["crc"][row, column] = zlib.crc32(tar[begin - TAR_BLOCK : begin + padded(size)])
     return records
-
-
-def sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's list of files, before anything relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

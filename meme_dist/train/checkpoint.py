@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from meme_dist.data.files import sync
 from meme_dist.leave import naming
-from meme_dist.train.durable import sync_folder
 
 FORMAT = 1
 STATE = "state.json"
@@ -84,13 +84,13 @@ def commit(folder: Path, partial: Path, state: Mapping[str, Any], *, keep: int) 
     """Make the finished folder `partial` the checkpoint `folder`: its state is written last, then it takes the name."""
     state = {**state, "format": FORMAT}
     _write_file(partial / STATE, json.dumps({**state, "digest": _digest_of(state)}, indent=1).encode())
-    sync_folder(partial)
+    sync(partial)
     if folder.exists():  # else an older one, where there is one, is the only checkpoint: it stays until the new one has its name
         old = folder.with_name(f"{folder.name}-{_step_in(folder):08d}")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(partial, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     replaced = older(folder)
     kept = [old for old in replaced if _number(old, folder) < int(state.get("step", 0))][: keep - 1]
     for old in replaced:  # a step that a run went back from is none to resume at, and takes up no place

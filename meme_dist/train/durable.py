@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from meme_dist.data.files import sync
+
 UNFINISHED = ".tmp"  # what a process that is killed leaves behind ends with it
 
 
@@ -14,13 +16,4 @@ def replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the folder's names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
