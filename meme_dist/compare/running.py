@@ -9,7 +9,6 @@ SIGTERM, SIGINT and SIGUSR1 are passed on to the runs, which save and end; the s
 process is killed its runs live on: the next one finds them by their environment and tells them to stop before it starts anything.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from meme_dist.report import REPORT
 from meme_dist.run import DATA
 from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
 from meme_dist.train import durable
+from meme_dist.train.claim import Claim
 from meme_dist.train.signals import ECHO, EXITS, SAVED
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
@@ -102,6 +102,7 @@ class Runner:
         self.plan, self.folder, self.console = plan, running.out.resolve(), console
         self.running = replace(running, data=running.data.resolve())
         self.cells = plan.cells()
+        self._claim = Claim()
         self._told_at: float | None = None
         self._passed_on = self._impatient = False
         self._failed: set[str] = set()
@@ -129,12 +130,8 @@ class Runner:
         self.check()
         for name in (RUNS, LOGS):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w", encoding="ascii")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(f"{self.folder}: another comparison is at work here; wait for it, or stop it") from None
+        if (holder := self._claim.take(self.folder)) is not None:
+            raise ValueError(f"{self.folder}: another comparison is at work here, {holder}; wait for it, or stop it")
         self._before = {number: signal.signal(number, self._noted) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
 
@@ -144,7 +141,7 @@ class Runner:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         shutil.rmtree(self.folder / "exits", ignore_errors=True)
-        self._lock.close()
+        self._claim.__exit__(kind, error, traceback)
 
     def run(self) -> int:
         """Until nothing is left to do; 0, 1 where something failed, 75 where it was told to stop."""
