@@ -71,7 +71,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu:
-	@PYTHONPATH=.:kernels $(PY) launch/gpu.py
+	@$(PY) launch/gpu.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -1,4 +1,6 @@
-"""One training step of each objective beside MultiVae's (1.0.3): the same networks, rows and clock, each figure from a process of its own.
+"""One training step of each objective beside MultiVae's (1.0.3): the same networks, rows and clock.
+
+On a CPU each figure comes from a process of its own, whose memory is that row's alone; on a GPU, whose allocator counts, all from one.
 
 Networks are MultiVae's defaults for 1 x 28 x 28: encoders 784-512-512 (784-512 for MMVAE+), decoders 512-784 with a sigmoid, ReLU, Normal
 likelihood of scale 1. A step is forward, backward and Adam. MultiVae is never a dependency of the library. Where it cannot be imported, the
@@ -24,14 +26,16 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.record import CPU, keep
+from benchmarks.record import keep
+from benchmarks.timing import synchronize
 from meme_dist.likelihoods import Normal
+from meme_dist.metrics.rows import on_device
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
 from meme_dist.types import pack_dense
@@ -61,6 +65,7 @@ class Case(NamedTuple):
     samples: int
     steps: int
     seconds: float
+    device: str = "cpu"
 
 
 class Built(NamedTuple):
@@ -81,9 +86,11 @@ def main(
     samples: int = 10,
     steps: int = 10,
     seconds: float = 60.0,
+    device: Literal["cpu", "cuda"] = "cpu",
     save: bool = True,
 ) -> None:
-    """CPU time of a step, peak memory and bytes kept for the backward pass, on one thread.
+    """Time of a step (a CPU's: processor time on one thread; a GPU's: from an idle device to an idle device), peak memory, and bytes kept
+    for the backward pass.
 
     Args:
         models: Which of the objectives.
@@ -93,6 +100,7 @@ def main(
         samples: K of MMVAE and MMVAE+.
         steps: Steps that are timed, after two that are not.
         seconds: No further step is begun after so long.
+        device: Where.
         save: Append the rows to benchmarks/results/peers.jsonl.
     """
     error = importable()
@@ -102,11 +110,11 @@ def main(
     for case in cases(models, modalities, missing, batch_size, samples, steps, seconds):
         if error and case.form == "multivae":
             continue
-        rows.append(apart(case))
+        rows.append(apart(case) if device == "cpu" else here(case._replace(device=device)))
         print(told(rows[-1]), flush=True)
     show(rows)
     if save and rows:
-        print(f"\nkept in {keep('peers', rows, device=CPU, threads=1)}")
+        print(f"\nkept in {keep('peers', rows, device=torch.device(device), threads=1)}")
 
 
 def cases(
@@ -149,6 +157,16 @@ def apart(case: Case) -> Row:
     return {**case._asdict(), "error": f"ended with {done.returncode}: {last[:300]}"}
 
 
+def here(case: Case) -> Row:
+    """`measure` in this process, which leaves nothing on the device. A row that fails says why."""
+    try:
+        return {**case._asdict(), **measure(case)}
+    except Exception as error:
+        return {**case._asdict(), "error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+    finally:
+        torch.cuda.empty_cache()
+
+
 # ---- one row ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,30 +174,37 @@ def measure(case: Case) -> Row:
     """Time, memory and work of a step, in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    resource.setrlimit(resource.RLIMIT_DATA, (ROOM, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    on_cpu = case.device == "cpu"
+    if on_cpu:
+        resource.setrlimit(resource.RLIMIT_DATA, (ROOM, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    held = 0 if on_cpu else torch.cuda.memory_allocated()  # an earlier row's, were there any: the peak of a GPU holds the weights, too
     built = _multivae(case) if case.form == "multivae" else ours(case)
     built.model.train()
     optimizer = torch.optim.Adam(built.model.parameters(), 1e-4)
     before = _memory("VmRSS:")
+    clock = time.process_time if on_cpu else time.perf_counter
 
     def step() -> float:
-        start = time.process_time()
+        synchronize()
+        start = clock()
         optimizer.zero_grad(set_to_none=True)
         built.loss().backward()
         optimizer.step()
-        return time.process_time() - start
+        synchronize()
+        return clock() - start
 
     first, taken = time.monotonic(), []
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats()
     while len(taken) < WARM + case.steps and (len(taken) <= WARM or time.monotonic() - first < case.seconds):
         taken.append(step())
     timed = taken[WARM:]
-    middle = statistics.median(timed)
+    middle, peak = statistics.median(timed), _memory("VmHWM:") - before if on_cpu else torch.cuda.max_memory_allocated() - held
+    figures = (1e3 * middle, 1e3 * min(timed), case.batch_size / middle)
     return {
-        "cpu_ms": round(1e3 * middle, 2),
-        "cpu_ms_min": round(1e3 * min(timed), 2),
+        **dict(zip(CPU_CLOCK if on_cpu else GPU_CLOCK, (round(x, 3) for x in figures), strict=True)),
         "timed": len(timed),
-        "rows_per_cpu_second": round(case.batch_size / middle, 1),
-        "peak_mb": round((_memory("VmHWM:") - before) / 1e6, 1),
+        "peak_mb": round(peak / 1e6, 1),
         "loss": round(float(built.loss().detach()), 2),
         "parameters": sum(p.numel() for p in built.model.parameters()),
         **work(built),
@@ -254,11 +279,12 @@ def _multivae(case: Case) -> Built:
     data, masks = rows_of(case)
     if case.missing:
         data = {key: torch.where(masks[key][:, None, None, None], x, 0.0) for key, x in data.items()}
+    data, masks = ({key: x.to(case.device) for key, x in part.items()} for part in (data, masks))
     config = getattr(models, f"{name}Config")(
         n_modalities=case.modalities, latent_dim=LATENT, input_dims=dict.fromkeys(data, EVENT), **more
     )
-    model = getattr(models, name)(config)
-    model.device = "cpu"
+    model = getattr(models, name)(config).to(case.device)
+    model.device = case.device
     rows = case.batch_size if case.model in IMPORTANCE else 1  # their losses are sums over rows, the others' are means
 
     def loss() -> Tensor:  # the inputs anew: some models take modalities out of them
@@ -316,8 +342,8 @@ class _Empty(MetaPathFinder, Loader):
 def ours(case: Case) -> Built:
     """The objective of that name, on the packed rows that its loader would give it."""
     data, masks = rows_of(case)
-    objective = built(case)
-    batch = pack_dense(data, masks, single=case.missing > 0)
+    objective = built(case).to(case.device)
+    batch = on_device(pack_dense(data, masks, single=case.missing > 0), torch.device(case.device))
     objective.initialise(batch)
     parts = [objective.modality(name) for name in data]
     return Built(objective, lambda: objective(batch).total / case.batch_size, [m.encoder for m in parts], [m.decoder for m in parts])
@@ -359,20 +385,28 @@ def network(*, private: int) -> Modality:
 
 # ---- telling ----------------------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("cpu_ms", "rows_per_cpu_second", "peak_mb", "saved_mb", "gflop", "encoder_rows", "decoder_rows")
+CPU_CLOCK = ("cpu_ms", "cpu_ms_min", "rows_per_cpu_second")
+GPU_CLOCK = ("ms", "ms_min", "rows_per_second")
+COLUMNS = ("peak_mb", "saved_mb", "gflop", "encoder_rows", "decoder_rows")
 
 
 def told(row: Row) -> str:
     """One row, as it comes."""
     what = f"{row['form']}: {row['model']}, N = {row['modalities']}, {row['missing']:.0%} missing, B = {row['batch_size']}"
-    return f"{what}: {row['error'] if 'error' in row else ', '.join(f'{name} {row[name]}' for name in COLUMNS[:4])}"
+    return f"{what}: {row['error'] if 'error' in row else ', '.join(f'{name} {row[name]}' for name in columns(row)[:4])}"
+
+
+def columns(row: Row) -> tuple[str, ...]:
+    """The figures of a row that are told."""
+    clock = CPU_CLOCK if row["device"] == "cpu" else GPU_CLOCK
+    return (clock[0], clock[2], *COLUMNS)
 
 
 def show(rows: Sequence[Row]) -> None:
     """All rows as a table; `times` is rows a second over those of MultiVae in the same cell of the grid."""
-    lines = [("model", "N", "missing", "B", "form", *COLUMNS, "times")]
+    lines = [("model", "N", "missing", "B", "form", *(columns(rows[0]) if rows else ()), "times")]
     for row in rows:
-        own = tuple("-" if "error" in row else f"{row[name]:g}" for name in COLUMNS)
+        own = tuple("-" if "error" in row else f"{row[name]:g}" for name in columns(row))
         lines.append(
             (row["model"], *(f"{row[key]:g}" for key in ("modalities", "missing", "batch_size")), row["form"], *own, times(row, rows))
         )
@@ -383,9 +417,10 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def times(row: Row, rows: Sequence[Row]) -> str:
-    """Rows a second of CPU over MultiVae's; empty where one of the two is not there."""
+    """Rows a second over MultiVae's (a CPU's: of processor time); empty where one of the two is not there."""
     same = ("model", "modalities", "missing", "batch_size", "samples")
     peers = [
         other for other in rows if other["form"] == "multivae" and all(other[key] == row[key] for key in same) and "error" not in other
     ]
-    return f"{row['rows_per_cpu_second'] / peers[-1]['rows_per_cpu_second']:.2f}" if peers and "error" not in row else ""
+    rate = columns(row)[1]
+    return f"{row[rate] / peers[-1][rate]:.2f}" if peers and "error" not in row else ""

@@ -77,7 +77,7 @@ def tests(title: str, names: list[str], *, needs: list[str] = TESTING) -> bool:
 def pytest_on(names: list[str]) -> list[str]:
     """The words after the interpreter: several tests at a time where pytest can, each worker compiling kernels on a core of its own."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    words += ["-W", "ignore::pytest.PytestConfigWarning"]  # `timeout` in pyproject.toml is an unknown option without pytest-timeout
+    words += ["-W", "default"]  # other versions than the constraints' warn of other things: here only what is wrong fails
     words += ["--ignore=tests/kernels/test_resources.py"]  # it compiles for other GPUs, and needs none
     if not missing("xdist"):
         words += ["-n", str(min(os.cpu_count() or 8, 16)), "--dist", "worksteal"]
@@ -123,7 +123,8 @@ def main() -> int:
     """Run all parts; 0 if none failed."""
     import torch
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    own = [str(ROOT), str(ROOT / "kernels")]  # before whatever packages the caller brings by this variable
+    os.environ["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["PYTHONUNBUFFERED"] = "1"
     if not torch.cuda.is_available():
         skip("everything", f"torch {torch.__version__} of {sys.executable} sees no CUDA device")

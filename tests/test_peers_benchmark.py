@@ -18,7 +18,7 @@ CASE = Case("meme_dist", "mmvae", 2, 0.5, 8, 3, 1, 5.0)
 
 
 def row(form: str, **more: Any) -> dict[str, Any]:
-    found = CASE._replace(form=form)._asdict() | dict.fromkeys(peers.COLUMNS, 1.0) | {"rows_per_cpu_second": 10.0}
+    found = CASE._replace(form=form)._asdict() | dict.fromkeys((*peers.CPU_CLOCK, *peers.COLUMNS), 1.0) | {"rows_per_cpu_second": 10.0}
     return found | more
 
 
