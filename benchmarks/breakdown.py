@@ -24,22 +24,23 @@ RANGES = ("data", "forward", "backward", "check", "update")  # of the trainer, i
 PREFIX = "meme/"
 COLLECTIVES = ("gloo:", "nccl", "c10d::")  # gloo's work, NCCL's kernels, and the calls that ask for either
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-WARM = 4
+WARM = 20  # a recorded step has its room by then
 
 Interval = tuple[float, float]
 
 
-def breakdown(*, world: int, batch_size: int, steps: int = 10) -> list[dict[str, Any]]:
-    """The row of a training on `world` ranks, in ms a step; more than one rank are processes of this machine."""
+def breakdown(*, world: int, batch_size: int, steps: int = 10, graph: bool = True) -> list[dict[str, Any]]:
+    """The row of a training on `world` ranks, in ms a step; more than one rank are processes of this machine. `graph`: as `Training`'s."""
     with tempfile.TemporaryDirectory() as folder:
         shards = digits.write(Path(folder) / "digits")
-        found = stepped(0, 1, shards, batch_size, steps) if world == 1 else run_ranks(stepped, world, shards, batch_size, steps)[0]
-    return [{"part": "breakdown", "world": world, "batch_size": batch_size, **found}]
+        settings = (shards, batch_size, steps, graph)
+        found = stepped(0, 1, *settings) if world == 1 else run_ranks(stepped, world, *settings)[0]
+    return [{"part": "breakdown", "world": world, "batch_size": batch_size, "graph": graph, **found}]
 
 
-def stepped(rank: int, world: int, shards: Path, batch_size: int, steps: int) -> dict[str, float]:
+def stepped(rank: int, world: int, shards: Path, batch_size: int, steps: int, graph: bool = True) -> dict[str, float]:
     """On a rank: train, and profile `steps` steps after the first ones."""
-    training = Training(steps=WARM + steps + 1, batch_size=batch_size, log_every=10**6)
+    training = Training(steps=WARM + steps + 1, batch_size=batch_size, log_every=10**6, graph=graph)
     trainer = digits.trainer(shards, training, rank, world)
     return profiled(trainer, steps)
 
@@ -143,7 +144,7 @@ def length(intervals: Iterable[Interval]) -> float:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """One line a number of ranks."""
     names = [name for name in rows[0] if name != "part"]
-    lines = [[name.removesuffix("_ms") for name in names], *([f"{row[name]:.4g}" for name in names] for row in rows)]
+    lines = [[name.removesuffix("_ms") for name in names], *([f"{float(row[name]):.4g}" for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print("\nbreakdown of a training step through the trainer (digits), ms a step, profiler on")
     for line in lines:

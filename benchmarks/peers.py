@@ -10,6 +10,7 @@ modules stand in for them. Forms:
 multivae            the class as it is, its masks dense and its rows zero-filled
 meme_dist           the objective with its defaults (MMVAE and MMVAE+ differentiate one drawn sample a modality); also others
 meme_dist, all K    MMVAE and MMVAE+ that differentiate all K samples, as MultiVae's do: the same computation
+..., recorded       on a GPU: the same step as `meme-dist train` makes it, both passes replayed as one CUDA graph (`engines/captured.py`)
 """
 
 import importlib
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +40,9 @@ from meme_dist.likelihoods import Normal
 from meme_dist.metrics.rows import on_device
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
-from meme_dist.types import pack_dense
+from meme_dist.train.engines.captured import Captured
+from meme_dist.train.training import Training
+from meme_dist.types import Batch, pack_dense
 
 INSTALL = (
     "multivae cannot be imported ({error}): the library is measured alone. For the comparison, in an environment of its own:\n"
@@ -75,6 +79,7 @@ class Built(NamedTuple):
     loss: Callable[[], Tensor]
     encoders: Sequence[nn.Module]
     decoders: Sequence[nn.Module]
+    batch: Batch | None = None
 
 
 def main(
@@ -107,7 +112,7 @@ def main(
     if error:
         print(INSTALL.format(error=error), flush=True)
     rows = []
-    for case in cases(models, modalities, missing, batch_size, samples, steps, seconds):
+    for case in cases(models, modalities, missing, batch_size, samples, steps, seconds, recorded=device == "cuda"):
         if error and case.form == "multivae":
             continue
         rows.append(apart(case) if device == "cpu" else here(case._replace(device=device)))
@@ -125,10 +130,13 @@ def cases(
     samples: int,
     steps: int,
     seconds: float,
+    *,
+    recorded: bool = False,
 ) -> Iterator[Case]:
     """The grid, both systems one after the other for each point of it."""
     for model in models:
         forms = ("multivae", "meme_dist", "meme_dist, all K")[model in ALONE : 3 if model in IMPORTANCE else 2]
+        forms += tuple(f"{form}, recorded" for form in forms if recorded and form != "multivae")
         for number in modalities:
             for share in missing:
                 size, draws = FEW.get((model, number), batch_size), samples if model in (*IMPORTANCE, "meme") else 1
@@ -180,16 +188,14 @@ def measure(case: Case) -> Row:
     held = 0 if on_cpu else torch.cuda.memory_allocated()  # an earlier row's, were there any: the peak of a GPU holds the weights, too
     built = _multivae(case) if case.form == "multivae" else ours(case)
     built.model.train()
-    optimizer = torch.optim.Adam(built.model.parameters(), 1e-4)
+    once = _update(built, case)
     before = _memory("VmRSS:")
     clock = time.process_time if on_cpu else time.perf_counter
 
     def step() -> float:
         synchronize()
         start = clock()
-        optimizer.zero_grad(set_to_none=True)
-        built.loss().backward()
-        optimizer.step()
+        once()
         synchronize()
         return clock() - start
 
@@ -209,6 +215,28 @@ def measure(case: Case) -> Row:
         "parameters": sum(p.numel() for p in built.model.parameters()),
         **work(built),
     }
+
+
+def _update(built: Built, case: Case) -> Callable[[], None]:
+    """Forward, backward and Adam; the optimiser is PyTorch's default for both systems, and in a recorded step what the trainer takes."""
+    if case.form.endswith("recorded"):
+        batch, engine = built.batch, Captured(built.model, Training(batch_size=case.batch_size, learning_rate=1e-4), Accelerator())
+        assert batch is not None
+
+        def replayed() -> None:
+            engine.begin()
+            engine.forward(batch, last=True)
+            engine.optimizer.step()
+
+        return replayed
+    optimizer = torch.optim.Adam(built.model.parameters(), 1e-4)
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        built.loss().backward()
+        optimizer.step()
+
+    return plain
 
 
 def work(built: Built) -> Row:
@@ -346,7 +374,8 @@ def ours(case: Case) -> Built:
     batch = on_device(pack_dense(data, masks, single=case.missing > 0), torch.device(case.device))
     objective.initialise(batch)
     parts = [objective.modality(name) for name in data]
-    return Built(objective, lambda: objective(batch).total / case.batch_size, [m.encoder for m in parts], [m.decoder for m in parts])
+    encoders, decoders = [m.encoder for m in parts], [m.decoder for m in parts]
+    return Built(objective, lambda: objective(batch).total / case.batch_size, encoders, decoders, batch)
 
 
 def built(case: Case) -> Objective:
@@ -364,7 +393,7 @@ def settings(case: Case) -> dict[str, Any]:
         case "meme":
             return {"samples": case.samples, "pseudo_inputs": PSEUDO_INPUTS}
         case "mmvae" | "mmvaeplus":
-            return {"samples": case.samples, "resampled": case.form != "meme_dist, all K"}
+            return {"samples": case.samples, "resampled": "all K" not in case.form}
         case _:
             return {}
 

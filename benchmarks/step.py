@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch import distributions as td
 
@@ -17,6 +18,8 @@ from benchmarks.record import interleaved, keep
 from meme_dist.modalities.published import mnist_released, svhn_released
 from meme_dist.modality import Modality
 from meme_dist.objectives.meme import MEME
+from meme_dist.train.engines.captured import Captured
+from meme_dist.train.training import Training
 from meme_dist.types import Batch, pack
 
 FRESH = 10  # samples of the marginal beside the outer one, as released
@@ -50,7 +53,8 @@ def main(
 def _broken_down(batch_size: int, ranks: tuple[int, ...]) -> list[dict]:
     from benchmarks import breakdown  # it needs what the trainer needs, the comparison above torch alone
 
-    rows = [row for world in ranks for row in breakdown.breakdown(world=world, batch_size=batch_size)]
+    layouts = [(world, graph) for world in ranks for graph in (True, False) if graph or rank_device(world).type == "cuda"]
+    rows = [row for world, graph in layouts for row in breakdown.breakdown(world=world, batch_size=batch_size, graph=graph)]
     breakdown.show(rows)
     return rows
 
@@ -59,6 +63,9 @@ def _forms(batch_size: int, repeats: int, device: torch.device) -> list[dict]:
     steps = {"transcription": _transcription(batch_size, device)}
     steps |= {name: _ours(name, batch_size, device) for name in ("released", "rao_blackwell", "resampled")}
     counts = {name: counted(step, modalities) for name, (step, modalities) in steps.items()}
+    if device.type == "cuda":  # what a replay runs was counted above
+        steps |= {f"{name}, recorded": _ours(name, batch_size, device, recorded=True) for name in counts if name != "transcription"}
+        counts |= {f"{name}, recorded": counted for name, counted in counts.items()}
     times = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
     base = times["transcription"]["cpu_ms" if device.type == "cpu" else "ms"]
     rows = []
@@ -75,11 +82,20 @@ def networks(device: torch.device) -> dict[str, Modality]:
     return {"mnist": mnist_released().to(device), "svhn": svhn_released().to(device)}
 
 
-def _ours(estimator: str, size: int, device: torch.device) -> tuple[Callable[[], None], dict[str, Modality]]:
+def _ours(estimator: str, size: int, device: torch.device, *, recorded: bool = False) -> tuple[Callable[[], None], dict[str, Modality]]:
     modalities = networks(device)
     objective = MEME(modalities, pseudo_inputs=1, samples=FRESH + 1, estimator=estimator, cross_weight=CROSS_WEIGHT).to(device)
     optimizer = torch.optim.Adam(objective.parameters(), 5e-4)
     batch = batch_of(size, device)
+    if recorded:
+        engine = Captured(objective, Training(batch_size=size, learning_rate=5e-4), Accelerator())
+
+        def replayed() -> None:
+            engine.begin()
+            engine.forward(batch, last=True)
+            engine.optimizer.step()
+
+        return replayed, modalities
 
     def step() -> None:
         optimizer.zero_grad()
@@ -159,9 +175,9 @@ def counted(step: Callable[[], None], modalities: dict[str, Modality]) -> dict[s
 
 
 def _show(rows: list[dict]) -> None:
-    print(f"{'form':<15}{'wall ms (p20 .. p80)':>26}{'CPU ms':>10}{'ratio':>8}{'encoder rows':>14}{'decoder rows':>14}{'saved MB':>10}")
+    print(f"{'form':<24}{'wall ms (p20 .. p80)':>26}{'CPU ms':>10}{'ratio':>8}{'encoder rows':>14}{'decoder rows':>14}{'saved MB':>10}")
     for r in rows:
-        wall = f"{r['ms']:.0f} ({r['ms_p20']:.0f} .. {r['ms_p80']:.0f})"
+        wall = f"{r['ms']:.3g} ({r['ms_p20']:.3g} .. {r['ms_p80']:.3g})"
         print(
-            f"{r['form']:<15}{wall:>26}{r['cpu_ms']:>10.0f}{r['ratio']:>8.2f}{r['encoder_rows']:>14}{r['decoder_rows']:>14}{r['saved_mb']:>10.1f}"
+            f"{r['form']:<24}{wall:>26}{r['cpu_ms']:>10.3g}{r['ratio']:>8.2f}{r['encoder_rows']:>14}{r['decoder_rows']:>14}{r['saved_mb']:>10.1f}"
         )

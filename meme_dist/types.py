@@ -55,7 +55,9 @@ class Batch(NamedTuple):
         columns = [known.index(name) for name in names]
         none = torch.zeros(0, dtype=torch.long, device=self.observed.device)
         kept = {name: self.modalities[name]._replace(source=none, target=none) for name in names}
-        return self._replace(modalities=kept, observed=self.observed[:, columns], alone=none)
+        # A list as an index would be copied to the device, and the host would wait for it.
+        observed = torch.stack([self.observed[:, i] for i in columns], 1) if columns else self.observed[:, :0]
+        return self._replace(modalities=kept, observed=observed, alone=none)
 
     def dense(self, name: str) -> Shaped[Tensor, "B *event"]:
         """One modality with a row for each row of the batch, zeros where it is absent."""
@@ -122,7 +124,7 @@ def _packed(name: str, data: Tensor, observed: np.ndarray, column: int, granule:
     order = np.lexsort((row, source))  # source by source, so that a decoder's rows keep their neighbours
     source, target = source[order] * rows_in_batch + row[order], position[row[order]]
     return Packed(
-        _fill(data, _round_up(len(data), granule)),
+        repeated(data, _round_up(len(data), granule)),
         torch.from_numpy(_padded(rows, granule, rows_in_batch)),
         torch.from_numpy(_padded(source, granule, num_modalities * rows_in_batch)),
         torch.from_numpy(_padded(target, granule, 0)),
@@ -139,9 +141,10 @@ def _padded(index: np.ndarray, granule: int, filler: int) -> np.ndarray:
     return full
 
 
-def _fill(data: Tensor, size: int) -> Tensor:
+def repeated(data: Shaped[Tensor, "R *event"], size: int) -> Shaped[Tensor, "{size} *event"]:
+    """So many rows: the given ones again and again, zeros where there is none."""
     if len(data) == size:
         return data
     if len(data) == 0:
         return data.new_zeros((size, *data.shape[1:]))
-    return data[torch.arange(size) % len(data)]
+    return data[torch.arange(size, device=data.device) % len(data)]

@@ -204,7 +204,7 @@ def test_a_cuda_step_counts_launches_and_nccl_is_exposed_where_no_other_kernel_r
 def test_ranges_of_a_real_training_fill_the_step_and_without_them_all_is_other(monkeypatch: Any) -> None:
     def profiled() -> dict[str, float]:
         stream = Rows("ab", mixed("ab"), batch_size=8)
-        return breakdown.profiled(Trainer(build("ab"), stream, Training(steps=10, batch_size=8, log_every=100)), 3)
+        return breakdown.profiled(Trainer(build("ab"), stream, Training(steps=24, batch_size=8, log_every=100)), 3)
 
     found = profiled()
     spent = sum(found[f"{name}_ms"] for name in breakdown.RANGES)

@@ -215,11 +215,10 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         norm = self.engine.update(norm, self.training.clip)
-        if not math.isfinite(norm):
-            return rate, norm
-        self.step += 1
-        if self._average is not None:
-            self._average.update(self.step)
+        if math.isfinite(norm):
+            self.step += 1
+            if self._average is not None:
+                self._average.update(self.step)
         return rate, norm
 
     # ---- steps that give no update ----------------------------------------------------------------------------------------------------
@@ -358,9 +357,9 @@ class Trainer:
         self._share_damage()
         random = {name: self.gather(state).cpu() for name, state in randomness.capture().items()}  # one row a rank
         stream = {**self.stream.state_dict(), "step": self.step + self.passed}  # what was consumed, however far a loader has read ahead
-        counts = {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back, "spikes": self._spikes.state_dict()}
         state = {"step": self.step, "evaluated": self.evaluated, "settings": self.settings, "stream": stream, "world": self.world}
-        state |= {**counts, **extra}
+        state |= {"passed": self.passed, "skipped": self._skipped, "gone_back": self._gone_back, "spikes": self._spikes.state_dict()}
+        state |= {"engine": self.engine.remembered, **extra}
         self._keeper.save(folder, state, average=self._average, random=random, keep=keep)
         if wait:
             self.settle()
@@ -390,6 +389,7 @@ class Trainer:
         self.evaluated = int(state.get("evaluated", self.step))
         self._skipped, self._gone_back = int(state.get("skipped", 0)), int(state.get("gone_back", 0))
         self._spikes.load_state_dict(state.get("spikes", SpikeDetector().state_dict()))
+        self.engine.remember(state.get("engine", {}))
         if state["world"] == self.world:
             randomness.restore({name: states[self.rank] for name, states in saved.tensors["random"].items()})
         else:  # rows keep their noise (it is keyed by row, not by rank); what else is random starts afresh

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 # What may change between a run and its continuation: when it is looked at, and how the work is laid out on a machine. (Micro batches and
 # ranks change sums by rounding alone; `steps` is free as long as the schedule does not read it.)
-FREE = ("log_every", "evaluate_every", "save_every", "keep", "damaged", "skips", "rollbacks", "workers", "accumulate", "members")
+FREE = ("log_every", "evaluate_every", "save_every", "keep", "damaged", "skips", "rollbacks", "workers", "accumulate", "members", "graph")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Training:
     """How often the run may go back to its last checkpoint, and pass over the rows since, where it would stop otherwise."""
     workers: int = 0
     """Loader processes of each training process."""
+    graph: bool = True
+    """One process on a GPU: forward and backward pass as one CUDA graph, launched at once. Without effect elsewhere."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW), on every trained tensor."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from meme_dist.train.engines.base import Engine
+from meme_dist.train.engines.captured import Captured
 from meme_dist.train.engines.replicated import Replicated
 from meme_dist.train.engines.strategy import Strategy
 from meme_dist.train.training import Training
@@ -16,7 +17,8 @@ def build(strategy: Strategy, objective: nn.Module, training: Training, accelera
     Sharding engines are imported where they are used: DeepSpeed is not always installed, and takes seconds to load.
     """
     if strategy.name == "ddp" and training.members == 1:
-        return Replicated(objective, training, accelerator)
+        alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda"
+        return (Captured if alone and training.graph else Replicated)(objective, training, accelerator)
     _require_group(accelerator.device)
     if training.members > 1:
         if strategy.name != "ddp":

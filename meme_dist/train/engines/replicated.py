@@ -23,7 +23,7 @@ class Replicated(TorchEngine):
         self.objective, self.layout, self.accelerator = objective, layout_of(objective), accelerator
         self._parameters = dict(objective.named_parameters())
         autocast_forward(objective, accelerator.device, training.precision)
-        self.optimizer = adam(objective, training)
+        self.optimizer = adam(objective, training, fused=True)
         self.wrapped, self.groups = cast(nn.Module, accelerator.prepare(objective)), accelerator.num_processes
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
@@ -65,7 +65,7 @@ class Replicated(TorchEngine):
     def load(self, name: str, value: Tensor, moments: Moments) -> None:
         parameter = self._parameters[name]
         parameter.copy_(value)
-        self.optimizer.state[parameter] = {key: _placed(key, x, parameter) for key, x in moments.items()}
+        self.optimizer.state[parameter] = {key: x.to(parameter.device, copy=True) for key, x in moments.items()}
 
     @contextmanager
     def evaluated(self, parts: Mapping[str, Tensor] | None) -> Iterator[nn.Module]:
@@ -83,8 +83,3 @@ class Replicated(TorchEngine):
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
-
-
-def _placed(key: str, x: Tensor, parameter: Tensor) -> Tensor:
-    """Moments beside their parameter; the count of steps stays on the CPU, where AdamW keeps it."""
-    return x.clone() if key == "step" else x.to(parameter.device, copy=True)
