@@ -69,12 +69,17 @@ class Encoding(nn.Module):
         """Size of the latents that all modalities share: the first ones."""
         return self.latent_dim - self.private_dim
 
+    @property
+    def hides(self) -> bool:
+        """Whether features are hidden now: not for `dropout` 0, and not in evaluation."""
+        return self.training and self.dropout > 0
+
     def kept(self, noise: Noise, purpose: str) -> Float[Tensor, "R *feature"] | None:
         """What to multiply a training row's features by: 0 with probability p = `dropout`, else 1 / (1 - p), so that their mean stays.
 
-        None where nothing is hidden: for p = 0, and in evaluation.
+        None where nothing is hidden.
         """
-        if not (self.training and self.dropout):
+        if not self.hides:
             return None
         shown = noise.uniform(purpose, 1, prod(self.feature))[0] > self.dropout
         return shown.unflatten(-1, self.feature) / (1 - self.dropout)
@@ -123,7 +128,8 @@ class Modality(Encoding):
     def log_prob(self, x: Shaped[Tensor, "X *event"], z: Float[Tensor, "K P D"], row: Rows = None) -> Float[Tensor, "K P"]:
         """weight * log p(x | z), float32, summed over the event."""
         params = wide(self.decoder(z.flatten(0, 1))).unflatten(0, z.shape[:2])
-        return self.weight * self.likelihood.log_prob(x, params, row)
+        log_prob = self.likelihood.log_prob(x, params, row)
+        return log_prob if self.weight == 1 else self.weight * log_prob  # a product is a kernel, and one more in the backward pass
 
     def reconstruct(self, z: Float[Tensor, "*rows D"]) -> Shaped[Tensor, "*rows_event"]:
         """The likelihood's mean (for tokens: the most probable ones)."""

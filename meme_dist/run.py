@@ -44,6 +44,7 @@ from meme_dist.recipes.named import recipe_of, short
 from meme_dist.train.claim import Claim, on_main
 from meme_dist.train.heartbeat import Heart
 from meme_dist.train.signals import Stop
+from meme_dist.train.startup import loaders
 from meme_dist.train.trainer import Trainer
 from meme_dist.types import Batch, Sums
 
@@ -259,7 +260,7 @@ def build_trainer(objective: Objective, prepared: Prepared, started: Ranks, *, s
         rank=started.rank // training.members,  # the members of a group see the same rows
         world=max(1, started.world // training.members),
         accumulate=training.accumulate,
-        workers=training.workers,
+        workers=loaders(training),
         damaged=training.damaged,
     )
     own = {name: value for name, value in prepared.keywords.items() if name not in {*vars(training), *record.PLACES}}

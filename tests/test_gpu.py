@@ -121,7 +121,8 @@ def test_a_replay_is_a_pass_over_the_batch_that_was_copied_in(kind: Any, case: C
         with torch.no_grad():
             for p in objective.parameters():
                 p += 0.01 * torch.randn_like(p)
-    assert 1 <= recordings <= 3
+        del plain, expected  # a recording refuses a graph that was made on another stream and still lives
+    assert 1 <= recordings <= 4
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"precision": "bf16"}], ids=str)

@@ -20,7 +20,7 @@ from meme_dist.data.stream import Stream
 from meme_dist.priors import PseudoInputs
 from meme_dist.recipes.auto import auto
 from meme_dist.recipes.base import Model
-from meme_dist.train import checkpoint
+from meme_dist.train import checkpoint, startup
 from meme_dist.train.signals import SAVED
 from meme_dist.train.training import Training
 from meme_dist.types import Batch
@@ -212,3 +212,14 @@ def test_a_manifest_is_the_same_from_what_a_run_keeps_of_it(home: Path) -> None:
         manifest = Manifest.load(folder)
         again = Manifest.of(manifest.address, json.loads(json.dumps(manifest.described())))
         assert again.fingerprint == manifest.fingerprint and list(again.fields.items()) == list(manifest.fields.items())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "said", "expected"), [(False, 1, None, 0), (True, 1, None, 4), (True, 4, None, 1), (True, 8, 3, 3), (True, 8, None, 0)]
+)
+def test_a_gpu_is_fed_by_up_to_four_processes_as_the_cores_allow(
+    gpu: bool, ranks: int, said: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert startup.loaders(Training(workers=said), {"LOCAL_WORLD_SIZE": str(ranks)}) == expected

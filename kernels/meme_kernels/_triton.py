@@ -26,7 +26,10 @@ else:
             def constexpr(value):
                 return value
 
-        ABSENT, triton, tl, jit = str(_error), None, _Language, lambda function: function
+        def _undecorated(function=None, **settings):
+            return function or _undecorated
+
+        ABSENT, triton, tl, jit = str(_error), None, _Language, _undecorated
 
 # Decided when the kernels are decorated, so once, at import.
 INTERPRETED = ABSENT is None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -89,6 +89,8 @@ class Objective(nn.Module, ABC):
 
     def kept(self, batch: Batch, name: str) -> Tensor | None:
         """What of a modality's features is shown to its encoders (`Encoding.kept`): all that read the batch see the same."""
+        if not self.modality(name).hides:
+            return None
         visit = batch.draw[batch.modalities[name].row.clamp(max=len(batch.draw) - 1)]  # of each packed row; padding is any row
         return self.modality(name).kept(Noise(batch.seed, visit), f"{name}/dropout")
 

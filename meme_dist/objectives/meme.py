@@ -136,7 +136,8 @@ class MEME(Objective):
             density = _supervised(density, prior, z, pairs(batch.observed))
         decode = {"released": self._released, "rao_blackwell": self._rao_blackwell, "resampled": self._resampled}[self.estimator]
         own, cross, drawn = decode(batch, z, self.private_samples(private, batch, self.samples, self._private_priors(batch)))
-        own = own - self._private_divergence(private).unsqueeze(1)
+        if any(self.modality(name).private_dim for name in private):
+            own = own - self._private_divergence(private).unsqueeze(1)
         bound = meme_bound(
             own,
             cross,
@@ -155,7 +156,7 @@ class MEME(Objective):
         return {name: self.private_prior(name) for name in batch.modalities}
 
     def _private_divergence(self, private: Mapping[str, Diagonal]) -> Float[Tensor, "N B"]:
-        """KL(q_i(w_i | x_i) || p(w_i)) of latents that a modality has for itself; 0 without any, and where it is absent."""
+        """KL(q_i(w_i | x_i) || p(w_i)) of latents that a modality has for itself; 0 where it has none, and where it is absent."""
         return torch.stack([divergence(q, self.private_prior(name)) for name, q in private.items()])
 
     def _log_ratio(
@@ -219,10 +220,11 @@ class MEME(Objective):
         held = batch.observed.sum(1)
         observed = batch.observed.T
         counts = [mask.sum(1).to(metrics.dtype) for mask in (observed, observed & (held > 1))]
-        totals = metrics.sum(-1)
+        totals = list(metrics.sum(-1))
+        totals[KINDS.index("kl")] = -totals[KINDS.index("kl")]  # metrics have the log-ratio
         terms = {"bound": Sums((metrics[0].sum(0) / held.clamp(min=1)).sum(), (held > 0).sum().to(metrics.dtype))}
-        for kind, total, sign, count in zip(KINDS, totals, (1, 1, -1, 1, 1), [counts[0]] * 3 + [counts[1]] * 2, strict=True):
-            terms |= {f"{kind}/{name}": Sums(sign * total[i], count[i]) for i, name in enumerate(batch.modalities)}
+        for kind, total, count in zip(KINDS, totals, [counts[0]] * 3 + [counts[1]] * 2, strict=True):
+            terms |= {f"{kind}/{name}": Sums(total[i], count[i]) for i, name in enumerate(batch.modalities)}
         return terms
 
 

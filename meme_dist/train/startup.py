@@ -50,6 +50,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def loaders(training: Training, environment: Mapping[str, str] = os.environ) -> int:
+    """Loader processes of this training process, where the run leaves it open.
+
+    A GPU is through with a step in a few milliseconds, which is what one process takes to read and decode its rows: up to four take turns,
+    as far as this process's share of the cores goes. On a CPU they would want the cores that train.
+    """
+    if training.workers is not None:
+        return training.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(environment.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(0, share - 1)) if torch.cuda.is_available() else 0
+
+
 def token(gather: Callable[[Tensor], Tensor]) -> str:
     """A name for this launch, the same on all ranks. Collective."""
     return f"{int(gather(torch.tensor(int.from_bytes(os.urandom(4), 'little')))[0]):08x}"

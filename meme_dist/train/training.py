@@ -54,8 +54,8 @@ class Training:
     """How many steps may pass without an update because their loss or gradient is not finite, before the run goes back or stops."""
     rollbacks: int = 0
     """How often the run may go back to its last checkpoint, and pass over the rows since, where it would stop otherwise."""
-    workers: int = 0
-    """Loader processes of each training process."""
+    workers: int | None = None
+    """Loader processes of each training process; none: up to four where a GPU would wait for rows, no process of its own on a CPU."""
     graph: bool = True
     """One process on a GPU: forward and backward pass as one CUDA graph, launched at once. Without effect elsewhere."""
     weight_decay: float = 0.0
@@ -67,8 +67,9 @@ class Training:
         positive = ("steps", "batch_size", "learning_rate", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "members")
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
-        for name in ("warmup", "seed", "workers", "weight_decay", "damaged", "skips", "rollbacks"):
+        for name in ("warmup", "seed", "weight_decay", "damaged", "skips", "rollbacks"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more, or none")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "a norm above 0, or none")
         _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a decay between 0 and 1, or none")
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")

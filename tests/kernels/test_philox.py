@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from meme_kernels import philox
+from meme_kernels._op import backend
 from meme_kernels._triton import jit, tl
 from tests.kernels.catalogue import LANE
 
@@ -36,15 +37,6 @@ def _words_kernel(counter_ptr, key_ptr, out_ptr, N: tl.constexpr):
 
 
 @jit
-def _noise_kernel(out_ptr, key_ptr, draw_ptr, D, K: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, LAPLACE: tl.constexpr):
-    k, b = tl.arange(0, K)[:, None, None], tl.arange(0, B)[None, :, None]
-    count = k * tl.cdiv(D, 4) + tl.arange(0, Q)[None, None, :]
-    eps = philox.device_noise(tl.load(key_ptr), tl.load(key_ptr + 1), count, tl.load(draw_ptr + b), LAPLACE)
-    d = tl.arange(0, 4 * Q)[None, None, :]
-    tl.store(out_ptr + (k * B + b) * D + d, eps, mask=d < D)
-
-
-@jit
 def _uniform_kernel(word_ptr, out_ptr, N: tl.constexpr):
     n = tl.arange(0, N)
     tl.store(out_ptr + n, philox.device_uniform(tl.load(word_ptr + n).to(tl.uint32)))
@@ -54,15 +46,6 @@ def _uniform_kernel(word_ptr, out_ptr, N: tl.constexpr):
 def _log_kernel(x_ptr, out_ptr, N: tl.constexpr):
     n = tl.arange(0, N)
     tl.store(out_ptr + n, philox.log(tl.load(x_ptr + n)))
-
-
-def made(kind: str, draw: torch.Tensor, key: tuple[int, int], num: int, size: int) -> torch.Tensor:
-    """Noise [num, B, size] of the device functions; num and B powers of two."""
-    out = torch.full((num, len(draw), size), torch.nan, device=draw.device)
-    blocks = 1 << (-(-size // 4) - 1).bit_length()
-    words = torch.tensor(key, device=draw.device)
-    _noise_kernel[(1,)](out, words, draw, size, K=num, B=len(draw), Q=blocks, LAPLACE=kind == "laplace")
-    return out
 
 
 @launches_kernels
@@ -90,7 +73,7 @@ def test_device_normal_equals_the_reference_within_one_millionth(device, seed):
     """Measured: 7.2e-7 at most over 10^6 draws; the bound over all pairs of uniforms is 4.8e-7 + 5.9 * 8.7e-8."""
     draw = torch.cat([torch.arange(63), torch.tensor([2**40 + 3])]).to(device)
     key = philox.key(seed, "z")
-    torch.testing.assert_close(made("normal", draw, key, 8, 126), philox.normal(draw, key, 8, 126), rtol=0, atol=1e-6)
+    torch.testing.assert_close(philox.normal(draw, key, 8, 126), philox.reference(draw, key, 8, 126, "normal"), rtol=0, atol=1e-6)
 
 
 @launches_kernels
@@ -98,7 +81,7 @@ def test_device_normal_equals_the_reference_within_one_millionth(device, seed):
 def test_device_laplace_equals_the_reference_within_two_roundings(device, seed):
     draw = torch.cat([torch.arange(63), torch.tensor([2**40 + 3])]).to(device)
     key = philox.key(seed, "z")
-    torch.testing.assert_close(made("laplace", draw, key, 8, 126), philox.laplace(draw, key, 8, 126), rtol=3e-7, atol=0)
+    torch.testing.assert_close(philox.laplace(draw, key, 8, 126), philox.reference(draw, key, 8, 126, "laplace"), rtol=3e-7, atol=0)
 
 
 @launches_kernels
@@ -116,9 +99,9 @@ EVEN = {"normal": (1, 3, 15, 105), "laplace": (2, 24, 720, 40320)}
 
 @pytest.mark.parametrize("kind, law", [("normal", stats.norm), ("laplace", stats.laplace)])
 def test_draws_have_the_moments_and_the_distribution_function_of_their_law(device, kind, law):
-    """Of the device functions where kernels run, else of the reference: n = 2^17, four standard errors, Kolmogorov-Smirnov at 1e-3."""
+    """Of the kernel where one runs, else of the reference: n = 2^17, four standard errors, Kolmogorov-Smirnov at 1e-3."""
     draw, key = torch.arange(256, device=device), philox.key(11, "moments")
-    x = (getattr(philox, kind)(draw, key, 8, 64) if LANE == "plain" else made(kind, draw, key, 8, 64)).double().cpu()
+    x = getattr(philox, kind)(draw, key, 8, 64).double().cpu()
     flat = x.flatten().numpy()
     for order, squared in enumerate(EVEN[kind], 1):
         expected = 0 if order % 2 else EVEN[kind][order // 2 - 1]
@@ -133,6 +116,83 @@ def test_no_laplace_draw_is_infinite(device):
     """A word of 24 leading ones rounds its uniform to 1, whose logarithm would be infinite; this stream holds one."""
     draw, key = torch.tensor([4148], device=device), philox.key(0, "z")
     assert philox.uniform(draw, key, 16, 64)[5, 0, 42] == 1
-    made_here = [philox.laplace(draw, key, 16, 64)] + ([] if LANE == "plain" else [made("laplace", draw, key, 16, 64)])
-    for x in made_here:
+    for x in (philox.laplace(draw, key, 16, 64), philox.reference(draw, key, 16, 64, "laplace")):
         assert x.isfinite().all() and abs(x[5, 0, 42].item() - 24 * math.log(2)) < 1e-5
+
+
+# ---- one launch a call ------------------------------------------------------------------------------------------------------------------
+
+TOLERANCE = {"uniform": {"rtol": 0, "atol": 0}, "normal": {"rtol": 0, "atol": 1e-6}, "laplace": {"rtol": 3e-7, "atol": 0}}
+kinds = pytest.mark.parametrize("kind", TOLERANCE)
+
+
+@launches_kernels
+@kinds
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 300, 2), (7, 2, 130), (1, 3, 1027), (0, 2, 3), (2, 0, 3), (2, 3, 0)], ids=str)
+def test_a_launch_gives_the_reference_for_any_shape(kind, shape, device):
+    """Uniforms to the bit; the others as far apart as the device functions are from PyTorch's. Draws beyond 2^32, and not contiguous."""
+    num, rows, size = shape
+    draw = torch.stack([torch.arange(rows) * 2**29 + 5, torch.zeros(rows, dtype=torch.int64)], 1).to(device)[:, 0]
+    for seed, purpose in ((0, "z"), (2**40 + 7, "photo/resample")):
+        key = philox.key(seed, purpose)
+        found = getattr(philox, kind)(draw, key, num, size)
+        expected = philox.reference(draw, key, num, size, kind)
+        assert found.dtype == torch.float32 and found.shape == shape
+        torch.testing.assert_close(found, expected, **TOLERANCE[kind])
+
+
+@launches_kernels
+def test_words_of_any_size_are_keys_of_one_compiled_kernel(device):
+    """0, 1, a multiple of 16 and words above 2^31, which as they stand would each be another type or specialisation."""
+    draw = torch.arange(5, device=device)
+    for key in ((0, 1), (16, 0), (2**31, 2**32 - 1), (7, 2**31 + 16)):
+        assert torch.equal(philox.uniform(draw, key, 2, 6), philox.reference(draw, key, 2, 6, "uniform"))
+    if LANE == "gpu":
+        compiled = philox._noise_kernel.device_caches[torch.cuda.current_device()][0]
+        before = len(compiled)
+        for word in (3, 32, 2**31 + 1):
+            philox.uniform(draw, (word, word), 2, 6)
+        assert len(compiled) == before
+
+
+@launches_kernels
+def test_a_key_in_a_tensor_is_the_same_key(device):
+    draw, key = torch.arange(5, device=device), philox.key(3, "z")
+    torch.testing.assert_close(
+        philox.normal(draw, torch.tensor(key, device=device), 2, 6), philox.normal(draw, key, 2, 6), rtol=0, atol=1e-6
+    )
+
+
+@kinds
+def test_compiled_draws_are_eager_ones_and_other_sizes_compile_at_most_once_more(kind, device):
+    call = torch.compile(lambda draw, num: getattr(philox, kind)(draw, (3, 2**31 + 5), num, 6), fullgraph=True, backend="aot_eager")
+    for rows, num in ((4, 3), (6, 3), (9, 3)):
+        draw = torch.arange(rows, device=device)
+        torch.testing.assert_close(call(draw, num), getattr(philox, kind)(draw, (3, 2**31 + 5), num, 6), rtol=0, atol=0)
+
+
+@launches_kernels
+def test_the_opaque_node_passes_opcheck(device):
+    torch.library.opcheck(philox._drawn.node, (torch.arange(5, device=device), 3, -5, 2, 6, "normal"))
+
+
+@pytest.mark.gpu
+@kinds
+def test_a_replayed_graph_draws_for_the_rows_that_are_there_then(kind, device):
+    draw, key = torch.arange(9, device=device), philox.key(3, "z")
+    philox.normal(draw, key, 2, 6)
+    getattr(philox, kind)(draw, key, 4, 10)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = getattr(philox, kind)(draw, key, 4, 10)
+    draw.add_(1000)
+    graph.replay()
+    assert torch.equal(found, getattr(philox, kind)(draw, key, 4, 10))
+
+
+@launches_kernels
+def test_where_kernels_are_switched_off_draws_are_the_references(device):
+    draw, key = torch.arange(5, device=device), philox.key(3, "z")
+    with backend("reference"):
+        assert torch.equal(philox.normal(draw, key, 2, 6), philox.reference(draw, key, 2, 6, "normal"))

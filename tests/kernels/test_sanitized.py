@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meme_kernels import philox
 from meme_kernels._op import Case, FusedOp
 from meme_kernels.log_likelihood import log_likelihood
 from tests.kernels.catalogue import LANE, OPS, Pair, answer, bits, every_case, leaves, outputs
@@ -28,6 +29,16 @@ def test_programs_may_run_in_any_order(pair: Pair) -> None:
         found = answer(pair.op.call, case)
     for a, b in zip((*expected.values, *expected.gradients), (*found.values, *found.gradients), strict=True):
         assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 2), (1, 2, 1027)], ids=str)
+@pytest.mark.parametrize("kind", ["uniform", "normal", "laplace"])
+def test_noise_is_written_once_and_nothing_else_is(kind: str, shape: tuple[int, int, int]) -> None:
+    with sanitize() as report:
+        expected = getattr(philox, kind)(torch.arange(shape[1]), (3, 5), shape[0], shape[2])
+    assert not report.faults and expected.isfinite().all()
+    with sanitize("reversed"):
+        assert torch.equal(getattr(philox, kind)(torch.arange(shape[1]), (3, 5), shape[0], shape[2]), expected)
 
 
 @pytest.mark.parametrize("wrong", [-1, 2, 10**6, 2**40])

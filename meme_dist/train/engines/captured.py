@@ -101,7 +101,9 @@ class Captured(Replicated):
         with torch.cuda.stream(side):
             for _ in range(WARM):
                 run()
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # what it does not see, the recording does
+                torch.cuda.set_sync_debug_mode("error")
             try:
                 run()
             finally:
