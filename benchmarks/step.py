@@ -41,13 +41,13 @@ def main(
     """
     torch.set_num_threads(threads)
     device = rank_device(1)
-    compared = _forms(batch_size, repeats, device) if forms else []
-    trained = _broken_down(batch_size, ranks) if ranks else []
-    if save:
-        path = keep("step", compared, device=device, threads=threads)
-        for row in trained:  # one rank is this process, several have a thread each
+    if forms:
+        compared = _forms(batch_size, repeats, device)
+        if save:
+            print(f"kept in {keep('step', compared, device=device, threads=threads)}", flush=True)
+    for row in _broken_down(batch_size, ranks) if ranks else []:  # one rank is this process, several have a thread each
+        if save:
             keep("step", [row], device=rank_device(row["world"]), threads=threads if row["world"] == 1 else 1)
-        print(f"\nkept in {path}")
 
 
 def _broken_down(batch_size: int, ranks: tuple[int, ...]) -> list[dict]:

@@ -147,4 +147,5 @@ def repeated(data: Shaped[Tensor, "R *event"], size: int) -> Shaped[Tensor, "{si
         return data
     if len(data) == 0:
         return data.new_zeros((size, *data.shape[1:]))
-    return data[torch.arange(size, device=data.device) % len(data)]
+    more = torch.arange(size - len(data), device=data.device) % len(data)
+    return torch.cat([data, data[more]])

@@ -88,6 +88,7 @@ def _pin(batch: Batch) -> Batch:
     return batch._replace(
         modalities={name: type(packed)(*(x.pin_memory() for x in packed)) for name, packed in batch.modalities.items()},
         observed=batch.observed.pin_memory(),
+        alone=batch.alone.pin_memory(),
         draw=batch.draw.pin_memory(),
         label=None if batch.label is None else batch.label.pin_memory(),
     )

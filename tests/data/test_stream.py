@@ -343,8 +343,8 @@ def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(folder: Path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     batch = steps(Stream(folder, "train", **keywords), 1)[0][0]
-    tensors = [x for packed in batch.modalities.values() for x in packed] + [batch.observed, batch.draw, label_of(batch)]
-    assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(tensors) == 15
+    tensors = [x for packed in batch.modalities.values() for x in packed] + [batch.observed, batch.alone, batch.draw, label_of(batch)]
+    assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(tensors) == 16
     assert fingerprint([[[batch]]], list(FIELDS)) == fingerprint([[[plain]]], list(FIELDS))
 
 

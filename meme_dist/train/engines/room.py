@@ -7,7 +7,8 @@ from torch import Tensor
 
 from meme_dist.types import Batch, Packed, repeated
 
-MARGIN = 16  # room that was too small grows by a sixteenth of the batch more than is needed, so that it soon stops growing
+MARGIN = 16  # room for batches that miss something has a sixteenth of the batch to spare, so that it soon stops growing
+STEP = 16  # and is a multiple of this: Triton compiles a kernel anew for sizes that are none, which takes longer than the recording
 
 Sizes = Mapping[str, tuple[int, int]]
 """How many rows and pairs there is room for in each modality; under "" the rows of one modality alone, and 0."""
@@ -29,7 +30,7 @@ class Room:
         wanted = _needed(batch)
         fits = self.batch is not None and _same_kind(self.batch, batch) and all(_within(size, self.sizes[n]) for n, size in wanted.items())
         if not fits:
-            self.sizes = {name: _larger(size, self.sizes.get(name), batch.observed.shape) for name, size in wanted.items()}
+            self.sizes = {name: _larger(size, self.sizes.get(name, (0, 0)), batch.observed.shape) for name, size in wanted.items()}
             self.batch = _empty(batch, self.sizes)
         assert self.batch is not None
         _copy(batch, self.batch)
@@ -48,12 +49,11 @@ def _within(size: tuple[int, int], room: tuple[int, int]) -> bool:
     return size[0] <= room[0] and size[1] <= room[1]
 
 
-def _larger(size: tuple[int, int], room: tuple[int, int] | None, batch: Sequence[int]) -> tuple[int, int]:
-    if room is None:  # complete batches all have one size, and this is it
-        return size
+def _larger(size: tuple[int, int], room: tuple[int, int], batch: Sequence[int]) -> tuple[int, int]:
+    """Room for this size and for somewhat larger ones, though not for more than complete batches have."""
     rows, number = batch
     spare, most = max(1, rows // MARGIN), (rows, rows * (number - 1))
-    a, b = (had if n <= had else max(n, min(n + spare, limit)) for n, had, limit in zip(size, room, most, strict=True))
+    a, b = (had if n <= had else max(n, min(-(-(n + spare) // STEP) * STEP, limit)) for n, had, limit in zip(size, room, most, strict=True))
     return a, b
 
 
