@@ -61,8 +61,12 @@ def main(
     deadline, ceiling = time.monotonic() + limit, copy_bandwidth(where)
     print(f"copy bandwidth of {where}: {ceiling:.1f} GB/s, read and written")
     gates = [Gate(chosen, providers(chosen, where, compiled=compiled)) for chosen in _chosen(op)]
-    good = [gate for gate in gates if gate.small(where)]
-    for size, gate in product(sizes, good):  # sizes outside: when the time is up, every op has its first one
+    for size, gate in product(sizes, gates):  # sizes outside: when the time is up, every op has its first one
+        if time.monotonic() > deadline:
+            print(f"{gate.op.name}, {size}: left out, the time is up", file=sys.stderr)
+            continue
+        if not gate.small(where):  # just before the first figure: compiling what it compares takes longer than measuring
+            continue
         rows: list[Row] = []
         try:
             for row in _rows(gate, size, where, repeats, deadline):
