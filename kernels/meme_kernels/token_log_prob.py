@@ -135,15 +135,16 @@ def _backward_kernel(
     """Gradients of a tile [BC, BV] of logits."""
     tiles = tl.cdiv(V, BV)
     program = tl.program_id(0).to(tl.int64)
-    c = (program // tiles) * BC + tl.arange(0, BC)
+    # Columns of the tile throughout: for vectors whose masks are loaded, Triton 3.6 and 3.7 can mix up layouts (float64, BC 32 or 64).
+    c = ((program // tiles) * BC + tl.arange(0, BC))[:, None]
     entry = ((program % tiles) * BV + tl.arange(0, BV))[None, :]
     token, kept = _token_at(c, tokens_ptr, row_ptr, padding, X, P, T, c < C)
     g = tl.load(g_ptr + c, mask=kept, other=0.0).to(ACC)
     top = tl.load(lse_ptr + 2 * c, mask=kept, other=0.0)
     rest = tl.load(lse_ptr + 2 * c + 1, mask=kept, other=0.0)
-    at, inside = c[:, None] * V + entry, (c < C)[:, None] & (entry < V)
-    x = tl.load(logits_ptr + at, mask=kept[:, None] & inside, other=float("-inf")).to(ACC)
-    gradient = g[:, None] * (tl.where(entry == token[:, None], 1.0, 0.0) - exp(x - top[:, None] - rest[:, None]))
+    at, inside = c * V + entry, (c < C) & (entry < V)
+    x = tl.load(logits_ptr + at, mask=kept & inside, other=float("-inf")).to(ACC)
+    gradient = g * (tl.where(entry == token, 1.0, 0.0) - exp(x - top - rest))
     tl.store(out_ptr + at, gradient.to(out_ptr.dtype.element_ty), mask=inside)  # at padding 0 (0 - exp(-inf))
 
 

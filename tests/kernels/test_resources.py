@@ -22,6 +22,7 @@ from benchmarks.resources import TARGETS, committed, launches, ops, read, rows
 from benchmarks.resources import compiled as compile_for
 from meme_kernels._op import Case, FusedOp
 from meme_kernels.meme_bound import OP as MEME_BOUND
+from meme_kernels.token_log_prob import OP as TOKEN_LOG_PROB
 
 REGISTERS = 128  # of 255: two programs of four warps on every quarter of an SM's register file
 ABOVE = {  # (op, kernel) -> its own budget, where more registers were worth it
@@ -59,6 +60,18 @@ def test_a_thousand_samples_of_a_source_do_not_spill() -> None:
     settings = {"estimator": "rao_blackwell", "cross_weight": 1.0}
     found = launches(MEME_BOUND, Case("", (table[0], table, table, present), settings))
     assert len(found) == 2 and not any(read(compile_for(launch, TARGETS["sm_90"]))["spilled"] for launch in found)
+
+
+@pytest.mark.parametrize(("positions", "vocabulary"), [(32, 16), (64, 16), (128, 16), (64, 32), (32, 64), (16, 128), (1, 2048)])
+def test_token_log_probs_by_row_compile_in_float64(positions: int, vocabulary: int) -> None:
+    """The compiler gave 32 and 64 positions' masks, which come from two loads in turn, another layout than their pointers."""
+    device = torch.device("meta")
+    tokens = torch.empty(5, positions, dtype=torch.int64, device=device)
+    row = torch.empty(1, dtype=torch.int64, device=device)
+    logits = torch.empty(1, 1, positions, vocabulary, dtype=torch.float64, device=device, requires_grad=True)
+    _, backward = launches(TOKEN_LOG_PROB, Case("", (tokens, logits, 0), {"row": row}))
+    assert (backward.options["BC"], backward.options["BV"]) == (positions, vocabulary)
+    compile_for(backward, TARGETS["sm_90"])
 
 
 @each_op
