@@ -18,8 +18,9 @@ if INTERPRETED:
 import torch
 import triton
 
-from benchmarks.resources import TARGETS, committed, launches, ops, read, rows
+from benchmarks.resources import TARGETS, committed, launches, ops, read, recorded, rows
 from benchmarks.resources import compiled as compile_for
+from meme_kernels import philox
 from meme_kernels._op import Case, FusedOp
 from meme_kernels.meme_bound import OP as MEME_BOUND
 from meme_kernels.token_log_prob import OP as TOKEN_LOG_PROB
@@ -86,3 +87,12 @@ def test_the_committed_table_is_what_the_compiler_gives(op: FusedOp) -> None:
         pytest.skip(f"the table is Triton {table['triton']}'s, this is {triton.__version__}")
     mine = [row for row in table["rows"] if row["op"] == op.name and row["target"] in targets(op)]
     assert mine == compiled(op), "kernels changed: look at the difference, then `python -m benchmarks.resources --write`"
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "laplace"])
+def test_noise_of_any_shape_is_one_launch_that_spills_nothing(kind: str) -> None:
+    for size, target in ((1, "sm_90"), (20, "gfx942"), (5000, "sm_90")):
+        with recorded() as found:
+            getattr(philox, kind)(torch.empty(128, dtype=torch.int64, device="meta"), (3, 2**31 + 5), 11, size)
+        read_off = read(compile_for(found[0], TARGETS[target]))
+        assert len(found) == 1 and not read_off["spilled"] and read_off["registers"] <= REGISTERS
