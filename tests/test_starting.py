@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,4 +223,8 @@ def test_a_gpu_is_fed_by_up_to_four_processes_as_the_cores_allow(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert startup.loaders(Training(workers=said), {"LOCAL_WORLD_SIZE": str(ranks)}) == expected
+    monkeypatch.setattr(startup.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 31))
+    asked = Training(workers=said), {"LOCAL_WORLD_SIZE": str(ranks)}
+    assert startup.loaders(*asked) == expected
+    monkeypatch.setattr(startup.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))  # a container's
+    assert startup.loaders(*asked) == (said or 0)

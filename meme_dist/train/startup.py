@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from meme_dist.data.workers import SHARED
 from meme_dist.train.checkpoint import fingerprint
 from meme_dist.train.engines.base import Engine
 from meme_dist.train.engines.strategy import hidden
@@ -25,6 +27,7 @@ from meme_dist.train.keeper import PATIENCE
 from meme_dist.train.log import TRACKER
 from meme_dist.train.training import Training
 
+ENOUGH = 1 << 30  # bytes of shared memory, for loader processes that nobody asked for
 # Ranks wait in a collective while one of them writes or reads for PATIENCE: NCCL's own limit of 10 minutes would end them before that.
 LIMIT = timedelta(seconds=2 * PATIENCE)
 
@@ -54,13 +57,16 @@ def loaders(training: Training, environment: Mapping[str, str] = os.environ) -> 
     """Loader processes of this training process, where the run leaves it open.
 
     A GPU is through with a step in a few milliseconds, which is what one process takes to read and decode its rows: up to four take turns,
-    as far as this process's share of the cores goes. On a CPU they would want the cores that train.
+    as far as this process's share of the cores goes, and where shared memory has room for them (a container may have 64 MiB). On a CPU they
+    would want the cores that train.
     """
     if training.workers is not None:
         return training.workers
+    if not (torch.cuda.is_available() and SHARED.is_dir() and shutil.disk_usage(SHARED).free >= ENOUGH):
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(0, share - 1)) if torch.cuda.is_available() else 0
+    return min(4, max(0, share - 1))
 
 
 def token(gather: Callable[[Tensor], Tensor]) -> str:
