@@ -38,6 +38,6 @@ class Noise(NamedTuple):
         return _keys(self.seed, tuple(purposes), self.draw.device)
 
 
-@functools.lru_cache(maxsize=64)  # one copy to the device for a whole training, not one a step
+@functools.cache  # one copy to the device, not one a step; and a recorded step reads it where it lies
 def _keys(seed: int, purposes: tuple[str, ...], device: torch.device) -> Tensor:
     return torch.tensor([philox.key(seed, purpose) for purpose in purposes], dtype=torch.int64, device=device).view(-1, 2)

@@ -32,7 +32,7 @@ def rehearse(name: str, arguments: Mapping[str, Any], where: Where, processes: i
     rows = min(training.batch_size // processes // training.accumulate, manifest.num_rows("train"))
     batch = next(iter(Evaluation(manifest.address, "train", batch_size=rows, seed=training.seed)))
     counts = count(objective, moved(batch, device()), training)
-    planned = plan.plan(counts, training, world=processes, machine=plan.machine_of(counts, bandwidth=LINK))
+    planned = plan.plan(counts, training, world=processes, machine=plan.machine_of(counts, bandwidth=LINK), gpu=device().type == "cuda")
     lines = plan.table(planned)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     console.print(f"{name} on {processes} processes, bytes of one of them (nothing is trained):", soft_wrap=True)

@@ -4,8 +4,11 @@ What a CUDA graph itself does is tested on a GPU (test_gpu.py); here a recording
 """
 
 import json
+import math
+import random
 import warnings
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -87,6 +90,15 @@ def test_a_batch_of_another_kind_gets_memory_of_its_own(other: dict[str, Any]) -
     assert all(torch.equal(room.batch.modalities[n].data[: len(p.data)], p.data) for n, p in batch.modalities.items())
 
 
+def test_fewer_rows_a_micro_batch_take_less_room() -> None:
+    """Who resumes with more micro batches is short of memory."""
+    room = Room()
+    room.furnish(sparse(64, 0.3))
+    room.remember(room.sizes)
+    room.furnish(sparse(16, 0.3))
+    assert all(rows <= 16 and pairs <= 32 for rows, pairs in room.sizes.values())
+
+
 def test_what_is_remembered_is_the_room_that_a_resumed_run_takes() -> None:
     room = Room()
     for seed in range(5):
@@ -104,8 +116,11 @@ class Repeated(Captured):
 
     recordings = 0
 
-    def warm(self, run: Pass) -> None:
+    drew = False
+
+    def warm(self, run: Pass) -> bool:
         run()
+        return self.drew
 
     def record(self, run: Pass) -> Pass:
         self.recordings += 1
@@ -174,7 +189,7 @@ def test_passes_before_the_recording_leave_nothing_behind() -> None:
     for modality in objective.modalities.values():
         modality.encoder.append(nn.BatchNorm1d(4))
         modality.encoder.append(nn.Dropout(0.5))
-    engine, batch = engine_of(Repeated, objective), next(iter(Rows("abc", mixed("abc"), batch_size=24)))[0]
+    engine, batch = engine_of(Repeated, objective), next(iter(Rows("abc", np.ones((24, 3), dtype=bool), batch_size=24)))[0]
     engine._room.furnish(batch)
     before, random = {n: x.clone() for n, x in objective.named_buffers()}, torch.get_rng_state()
     engine._warm_up(engine._room.batch)
@@ -188,15 +203,36 @@ def test_passes_before_the_recording_leave_nothing_behind() -> None:
 class Waiting(Repeated):
     """A model that looks at a result, as PyTorch says it of a GPU."""
 
-    def warm(self, run: Pass) -> None:
+    def warm(self, run: Pass) -> bool:
         raise RuntimeError("called a synchronizing CUDA operation")
 
 
-def test_a_model_that_cannot_be_recorded_is_trained_all_the_same_and_the_reason_is_said_once() -> None:
-    engine, plain = engine_of(Waiting), engine_of(Replicated)
-    with pytest.warns(UserWarning, match=r"wait for the GPU \(.*test_captured\.py:\d+\).*--no-graph") as told:
+class Drawing(Repeated):
+    """A model that draws on the host, which `warm` tells."""
+
+    drew = True
+
+
+class Large(Repeated):
+    """A recording for which there is no memory."""
+
+    def record(self, run: Pass) -> Pass:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+REASONS = [
+    (Waiting, r"wait for the GPU \(.*test_captured\.py:\d+\)"),
+    (Drawing, "draws random numbers on the host"),
+    (Large, "more memory than there is"),
+]
+
+
+@pytest.mark.parametrize(("kind", "why"), REASONS, ids=lambda x: getattr(x, "__name__", None))
+def test_a_model_that_cannot_be_recorded_is_trained_all_the_same_and_the_reason_is_said_once(kind: type[Captured], why: str) -> None:
+    engine, plain = engine_of(kind), engine_of(Replicated)
+    with pytest.warns(UserWarning, match=why + ".*--no-graph") as told:
         losses, _ = trained(engine)
-    assert len(told) == 1
+    assert len(told) == 1 and engine._room.batch is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert losses == trained(plain)[0]
@@ -204,11 +240,94 @@ def test_a_model_that_cannot_be_recorded_is_trained_all_the_same_and_the_reason_
 
 def test_another_error_of_the_model_is_its_own() -> None:
     class Broken(Repeated):
-        def warm(self, run: Pass) -> None:
+        def warm(self, run: Pass) -> bool:
             raise RuntimeError("shapes do not match")
 
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    with pytest.raises(RuntimeError, match="shapes do not match") as error:
         trained(engine_of(Broken))
+    assert "--no-graph" in error.value.__notes__[0]
+
+
+def test_draws_on_the_host_are_noticed_and_taken_back() -> None:
+    from meme_dist.train.engines.captured import _Random
+
+    for draw in (lambda: torch.rand(1), random.random, np.random.rand):
+        before = _Random.now()
+        assert not before.moved()
+        first = float(draw())
+        assert before.moved()
+        before.restore()
+        assert not before.moved() and float(draw()) == first
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_broken_row_breaks_its_own_step_alone(position: int) -> None:
+    """Its NaN must not stay in the padding of later batches: 0 times NaN is NaN."""
+    rows, norms = iter(Rows("abc", _mask(), batch_size=24)), []
+    engine = engine_of(Repeated)
+    for step in range(6):
+        batch = next(rows)[0]
+        if step == 2:
+            for packed in batch.modalities.values():
+                packed.data[-1 - position] = torch.nan
+        engine.begin()
+        engine.forward(batch, last=True)
+        norms.append(float(engine.squared_norm()))
+    assert [step for step, norm in enumerate(norms) if not math.isfinite(norm)] == [2]
+
+
+def test_a_model_that_normalises_over_rows_is_recorded_for_complete_rows_alone() -> None:
+    def normalising() -> nn.Module:
+        objective = build("abc")
+        for modality in objective.modalities.values():
+            modality.encoder.append(nn.BatchNorm1d(4))
+        return objective
+
+    complete, missing = np.ones((60, 3), dtype=bool), _mask()
+    for mask, recorded in ((complete, True), (missing, False)):
+        engine, plain = engine_of(Repeated, normalising()), engine_of(Replicated, normalising())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for rows, one in ((Rows("abc", mask, batch_size=24), engine), (Rows("abc", mask, batch_size=24), plain)):
+                batch = next(iter(rows))[0]
+                one.begin()
+                one.backward(one.forward(batch, last=True).total / 24, last=True)
+        assert bool(engine.recordings) == recorded and len(told) == (not recorded)
+        assert recorded or "normalises over rows" in str(told[0].message)
+        for (name, x), y in zip(plain.objective.named_buffers(), engine.objective.buffers(), strict=True):
+            torch.testing.assert_close(y, x, msg=name)
+
+
+def test_a_parameter_frozen_or_a_mode_changed_on_the_way_is_recorded_anew() -> None:
+    engine, rows = engine_of(Repeated), iter(Rows("abc", mixed("abc"), batch_size=24))
+
+    def step() -> None:
+        engine.begin()
+        engine.forward(next(rows)[0], last=True)
+        engine.update(1.0, None)
+
+    step(), step()
+    assert engine.recordings == 1
+    frozen = next(engine.objective.parameters())
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    step(), step()
+    assert engine.recordings == 2 and torch.equal(frozen, before) and frozen.grad is None
+    frozen.requires_grad_(True)
+    step()
+    assert engine.recordings == 3 and not torch.equal(frozen, before)
+    engine.objective.eval()
+    step()
+    assert engine.recordings == 4
+
+
+def test_one_process_under_a_launcher_is_not_wrapped() -> None:
+    """DistributedDataParallel has nothing to exchange there, and its hooks wait for the device."""
+    accelerator = Accelerator(cpu=True)
+    wrapping = mock.patch.object(accelerator, "prepare", side_effect=lambda module: nn.Sequential(module))
+    with wrapping:
+        engine = Replicated(build("abc"), Training(batch_size=24), accelerator)
+    assert engine.wrapped is engine.objective
 
 
 def test_a_parameter_that_takes_no_part_is_told() -> None:

@@ -730,6 +730,7 @@ def test_jobs_share_cores_and_gpus_and_one_job_has_all() -> None:
     assert surroundings(1, 2, {"CUDA_VISIBLE_DEVICES": "5,7", "OMP_NUM_THREADS": "3"}, 2) == {
         "CUDA_VISIBLE_DEVICES": "7",
         "OMP_NUM_THREADS": "3",
+        "MEME_DIST_JOBS": "2",
     }
     assert "CUDA_VISIBLE_DEVICES" not in surroundings(0, 2, {}, 1)
     with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):

@@ -149,6 +149,7 @@ def test_memory_of_each_strategy_is_what_one_counts_by_hand(strategy: Any) -> No
 
 def test_without_an_average_it_takes_no_memory_and_one_process_alone_needs_no_bucket() -> None:
     assert memory(COUNTS, TRAINING, "ddp", world=1)[2:6] == (960, 0, 0, 0)
+    assert memory(COUNTS, TRAINING, "ddp", world=1, recorded=True).gathered == 4 * 120  # a pass's gradient beside the sum of them
 
 
 def test_fsdp2_holds_whole_gradients_while_it_accumulates() -> None:

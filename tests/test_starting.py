@@ -226,5 +226,6 @@ def test_a_gpu_is_fed_by_up_to_four_processes_as_the_cores_allow(
     monkeypatch.setattr(startup.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 31))
     asked = Training(workers=said), {"LOCAL_WORLD_SIZE": str(ranks)}
     assert startup.loaders(*asked) == expected
+    assert startup.loaders(asked[0], asked[1] | {"MEME_DIST_JOBS": "8"}) == (said or 0)
     monkeypatch.setattr(startup.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))  # a container's
     assert startup.loaders(*asked) == (said or 0)

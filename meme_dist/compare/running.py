@@ -37,7 +37,7 @@ from meme_dist.run import DATA
 from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
 from meme_dist.train import durable
 from meme_dist.train.claim import Claim
-from meme_dist.train.signals import ECHO, EXITS, SAVED
+from meme_dist.train.signals import ECHO, EXITS, JOBS, SAVED
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
 UNFINISHED = f"{record.FILE}{durable.UNFINISHED}"
@@ -355,6 +355,7 @@ def surroundings(slot: int, jobs: int, environment: Mapping[str, str], devices: 
     found = dict(environment)
     if jobs > 1:
         found.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // jobs)))
+        found[JOBS] = str(jobs)
         visible = environment.get(DEVICES, ",".join(map(str, range(devices)))).split(",")
         if len(visible) > 1:
             found[DEVICES] = visible[slot % len(visible)]

@@ -132,15 +132,17 @@ class Plan:
         return self.counts.flops / self.counts.rows * self.training.batch_size
 
 
-def plan(counts: Counts, training: Training, *, world: int, machine: Machine) -> Plan:
-    """Price every strategy. Raises ValueError for less than one rank."""
+def plan(counts: Counts, training: Training, *, world: int, machine: Machine, gpu: bool = False) -> Plan:
+    """Price every strategy; on a `gpu` the step of one process alone is recorded. Raises ValueError for less than one rank."""
     if world < 1:
         raise ValueError(f"world: expected at least 1 rank, got {world}")
     lines = []
     for strategy in STRATEGIES:
         moved = traffic(counts, training, strategy)
         speed = rows_per_second(counts, training, strategy, world=world, machine=machine)
-        lines.append(Line(strategy, memory(counts, training, strategy, world=world), moved.sent(world), speed))
+        lines.append(
+            Line(strategy, memory(counts, training, strategy, world=world, recorded=gpu and training.graph), moved.sent(world), speed)
+        )
     return Plan(counts, training, world, machine, tuple(lines))
 
 
@@ -150,8 +152,9 @@ def chunk(number: int, world: int, rank: int) -> int:
     return max(0, min(size, number - rank * size))
 
 
-def memory(counts: Counts, training: Training, strategy: Strategy, *, world: int, rank: int = 0) -> Memory:
-    """Bytes of one rank while it trains; rank 0 has the most. Activations are those counted, in proportion to the rows.
+def memory(counts: Counts, training: Training, strategy: Strategy, *, world: int, rank: int = 0, recorded: bool = False) -> Memory:
+    """Bytes of one rank while it trains; rank 0 has the most. Activations are those counted, in proportion to the rows. `recorded`: on a
+    GPU, where the step of one process alone is a CUDA graph.
 
     Frozen parameters count as weights alone. A share of the parameters is cut row by row (fsdp2), from one flat tensor (zero1, zero2) or
     tensor by tensor (zero3).
@@ -168,7 +171,7 @@ def memory(counts: Counts, training: Training, strategy: Strategy, *, world: int
         moments=round(MOMENTS * NUMBER * trained * part),
         copy=round(NUMBER * trained * part) if copied else 0,
         average=weights if training.ema is not None else 0,
-        gathered=_gathered(counts, strategy, world),
+        gathered=_gathered(counts, strategy, world, recorded),
         activations=round(counts.activations * rows / counts.rows),
     )
     offloaded = here.weights - counts.buffers + here.gradients + here.moments + here.copy
@@ -195,10 +198,11 @@ def _gradients(counts: Counts, training: Training, strategy: Strategy, part: int
     return shard + NUMBER * counts.trainable if strategy == "fsdp2" and training.accumulate > 1 else shard
 
 
-def _gathered(counts: Counts, strategy: Strategy, world: int) -> int:
-    """Buckets of gradients (ddp, ZeRO), and weights that are whole for a while: the unit in use and the next (fsdp2), all (zero3)."""
+def _gathered(counts: Counts, strategy: Strategy, world: int, recorded: bool) -> int:
+    """Buckets of gradients (ddp, ZeRO), and weights that are whole for a while: the unit in use and the next (fsdp2), all (zero3). A
+    recorded step keeps the gradient of its pass beside the sum over passes."""
     if strategy == "ddp":
-        return NUMBER * counts.trainable if world > 1 else 0
+        return NUMBER * counts.trainable if world > 1 or recorded else 0
     if strategy == "fsdp2":
         first, second, *_ = [*sorted((unit.size for unit in counts.units if unit.name != REST), reverse=True), 0, 0]
         rest = sum(unit.size for unit in counts.units if unit.name == REST)

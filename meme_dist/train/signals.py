@@ -16,6 +16,7 @@ from typing import Any
 
 SAVED = 75  # exit status, EX_TEMPFAIL of sysexits.h: everything is saved, start me again
 EXITS = "MEME_DIST_EXITS"  # the supervisor names a folder in it, where every rank leaves its exit status
+JOBS = "MEME_DIST_JOBS"  # the variable says how many runs this machine trains at a time
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAVING = b"\nstopping after this step, to save; Ctrl-C again ends at once\n"
 ECHO = 10.0  # seconds within which further signals are the first one's echo

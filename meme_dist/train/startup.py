@@ -25,6 +25,7 @@ from meme_dist.train.engines.base import Engine
 from meme_dist.train.engines.strategy import hidden
 from meme_dist.train.keeper import PATIENCE
 from meme_dist.train.log import TRACKER
+from meme_dist.train.signals import JOBS
 from meme_dist.train.training import Training
 
 ENOUGH = 1 << 30  # bytes of shared memory, for loader processes that nobody asked for
@@ -65,7 +66,7 @@ def loaders(training: Training, environment: Mapping[str, str] = os.environ) -> 
     if not (torch.cuda.is_available() and SHARED.is_dir() and shutil.disk_usage(SHARED).free >= ENOUGH):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // int(environment.get("LOCAL_WORLD_SIZE", 1))
+    share = cores // (int(environment.get("LOCAL_WORLD_SIZE", 1)) * int(environment.get(JOBS, 1)))
     return min(4, max(0, share - 1))
 
 

@@ -5,13 +5,16 @@ A step of a multimodal VAE is a thousand small kernels, each of which takes the 
 random number of a row is a function of a counter that is a tensor, and batches come in memory that stays in place (`Room`).
 """
 
+import random
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from meme_dist.train.engines.replicated import Replicated
 from meme_dist.train.engines.room import Room
@@ -25,9 +28,13 @@ WARM = 2  # passes before the one that is recorded: kernels are compiled, worksp
 class Captured(Replicated):
     """`Replicated` on one process, with passes replayed. Needs a CUDA device.
 
-    A model that makes the host wait for the device in a step (`.item()`, a copy from ordinary memory) cannot be recorded: the engine says
-    so in a warning, and runs every step as `Replicated` does. Room for batches only grows; with it the graph is recorded anew, some ten
-    times in a training whose rows miss modalities, once where they are complete.
+    Some models cannot be recorded: those that make the host wait for the device in a step (`.item()`, a copy from ordinary memory), that
+    draw random numbers on the host, or that normalise over rows of which some are padding. The engine says so in a warning, and runs every
+    step as `Replicated` does; so too where a recording takes more memory than there is. What else a model decides in Python (by a counter
+    of its own, say) stays as it was decided when it was recorded.
+
+    Room for batches only grows; with it the graph is recorded anew, a few times in a training whose rows miss modalities, once where they
+    are complete; so too where a parameter is frozen or a module changes its mode.
     """
 
     def __init__(self, objective: nn.Module, training: Training, accelerator: Accelerator):
@@ -36,6 +43,7 @@ class Captured(Replicated):
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._room, self._terms = Room(), list[str]()
         self._replay: Pass | None = None
+        self._modes: tuple[bool, ...] = ()  # of the recording
         self._refused = False
 
     def begin(self) -> None:
@@ -46,9 +54,13 @@ class Captured(Replicated):
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
         """The loss; its gradient is added up with it."""
-        if not self._refused and (self._room.furnish(batch) or self._replay is None):
-            self._replay = None  # its memory, before more is taken
-            self._replay = self._recorded()
+        if not self._refused and not _complete(batch) and self._normalises():
+            self._refuse("it normalises over rows, of which padding would be some")
+        if not self._refused:
+            grown, modes = self._room.furnish(batch), self._modes_now()
+            if grown or modes != self._modes or self._replay is None:
+                self._replay, self._modes = None, modes  # its memory goes before more is taken
+                self._replay = self._recorded()
         if self._replay is None:
             return super().forward(batch, last=last)
         total, *rest = self._replay().clone().unbind()  # of accumulated micro batches each has its own
@@ -66,36 +78,48 @@ class Captured(Replicated):
         self._room.remember(state.get("room", {}))
         self._replay = None
 
+    def _modes_now(self) -> tuple[bool, ...]:
+        """What a recording cannot follow: which parameters are trained, and the modules' modes."""
+        return *(p.requires_grad for p in self._parameters.values()), *(m.training for m in self.objective.modules())
+
+    def _normalises(self) -> bool:
+        return any(isinstance(m, _BatchNorm) and m.training for m in self.objective.modules())
+
     def _recorded(self) -> Pass | None:
         """The replay of both passes over the room's batch; None (and so from now on) for a model that cannot be recorded."""
         batch = self._room.batch
         assert batch is not None
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         try:
-            self._warm_up(batch)
+            if self._warm_up(batch):
+                return self._refuse("it draws random numbers on the host")
+            for p in self._parameters.values():
+                p.grad = None if not p.requires_grad else torch.zeros_like(p) if p.grad is None else p.grad
+            return self.record(lambda: self._both(batch, add=True))
+        except torch.OutOfMemoryError:
+            return self._refuse("a recording takes more memory than there is")
         except RuntimeError as error:
-            if "synchronizing CUDA operation" not in str(error):
-                raise
-            self._refuse(error)
-            return None
-        for p in self._trained.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return self.record(lambda: self._both(batch, add=True))
+            if "synchronizing CUDA operation" in str(error):
+                return self._refuse(f"it makes the host wait for the GPU{_place(error)}")
+            error.add_note("It happened while a step was recorded as a CUDA graph; --no-graph trains kernel by kernel.")
+            raise
 
-    def _warm_up(self, batch: Batch) -> None:
-        """Run both passes as they will be recorded, but for what they leave behind: gradients, running statistics, random state."""
-        random, buffers = torch.get_rng_state(), {name: x.clone() for name, x in self.objective.named_buffers()}
+    def _warm_up(self, batch: Batch) -> bool:
+        """Run both passes as they will be recorded, but for what they leave behind: gradients, running statistics, random state. Returns
+        whether they drew on the host, which a replay would not."""
+        here, buffers = _Random.now(), {name: x.clone() for name, x in self.objective.named_buffers()}
         on_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         try:
-            self.warm(lambda: self._both(batch, add=False))
+            return self.warm(lambda: self._both(batch, add=False))
         finally:
-            torch.set_rng_state(random)
+            here.restore()
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self._device)
             for name, x in self.objective.named_buffers():
                 x.copy_(buffers[name])
 
-    def warm(self, run: Pass) -> None:
-        """Run it on a stream of its own, and once more with whatever makes the host wait an error."""
+    def warm(self, run: Pass) -> bool:
+        """Run it on a stream of its own, and once more with whatever makes the host wait an error; whether that drew on the host."""
         side, mode = torch.cuda.Stream(self._device), torch.cuda.get_sync_debug_mode()
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -104,11 +128,13 @@ class Captured(Replicated):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # what it does not see, the recording does
                 torch.cuda.set_sync_debug_mode("error")
+            before = _Random.now()
             try:
                 run()
+                return before.moved()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+                torch.cuda.current_stream(self._device).wait_stream(side)
 
     def record(self, run: Pass) -> Pass:
         """Capture it; loader threads may meanwhile talk to the device."""
@@ -136,14 +162,37 @@ class Captured(Replicated):
         wide = torch.float64 if any(x.dtype == torch.float64 for x in values) else torch.float32
         return torch.stack([x.to(wide) for x in values])
 
-    def _refuse(self, error: RuntimeError) -> None:
-        self._refused = True
-        where = _place(error)
-        warnings.warn(
-            f"steps run kernel by kernel: this model makes the host wait for the GPU{where}, so they cannot be recorded as a CUDA graph "
-            "(--no-graph says so beforehand)",
-            stacklevel=2,
-        )
+    def _refuse(self, why: str) -> None:
+        self._refused, self._replay, self._room = True, None, Room()
+        told = f"steps run kernel by kernel, since this model cannot be recorded as a CUDA graph: {why} (--no-graph says so beforehand)"
+        warnings.warn(told, stacklevel=2)
+
+
+class _Random(NamedTuple):
+    """The host's generators that a model might draw from."""
+
+    torch: Tensor
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> "_Random":
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state())
+
+    def moved(self) -> bool:
+        now = _Random.now()
+        numpy = any(not np.array_equal(a, b) for a, b in zip(self.numpy, now.numpy, strict=True))
+        return numpy or self.python != now.python or not torch.equal(self.torch, now.torch)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+def _complete(batch: Batch) -> bool:
+    """Whether every row holds everything, by the lengths that the host knows."""
+    return all(len(packed.row) == len(batch.observed) for packed in batch.modalities.values())
 
 
 def _place(error: BaseException) -> str:

@@ -24,7 +24,9 @@ class Replicated(TorchEngine):
         self._parameters = dict(objective.named_parameters())
         autocast_forward(objective, accelerator.device, training.precision)
         self.optimizer = adam(objective, training, fused=True)
-        self.wrapped, self.groups = cast(nn.Module, accelerator.prepare(objective)), accelerator.num_processes
+        self.groups = accelerator.num_processes
+        # One process alone under a launcher would get DDP too: nothing to exchange, and hooks that wait for the device.
+        self.wrapped = objective if self.groups == 1 else cast(nn.Module, accelerator.prepare(objective))
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
         with self._alone(last):

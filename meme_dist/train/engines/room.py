@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from meme_dist.types import Batch, Packed, repeated
+from meme_dist.types import Batch, Packed
 
 MARGIN = 16  # room for batches that miss something has a sixteenth of the batch to spare, so that it soon stops growing
 STEP = 16  # and is a multiple of this: Triton compiles a kernel anew for sizes that are none, which takes longer than the recording
@@ -17,8 +17,8 @@ Sizes = Mapping[str, tuple[int, int]]
 class Room:
     """Batches of one number of rows, in memory whose addresses and shapes stay, until one comes that needs more.
 
-    What a batch does not fill is padding, as `types.pack` makes it: index lists point to no row, data repeat real rows (of an earlier
-    batch), and none of it counts anywhere. So the loss is that of the batch, whatever the room.
+    What a batch does not fill is padding, as `types.pack` makes it: index lists point to no row, data repeat the batch's first one, and
+    none of it counts. So the loss is that of the batch, whatever the room (but for statistics over rows, which batch normalisation takes).
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,11 @@ def _within(size: tuple[int, int], room: tuple[int, int]) -> bool:
 
 
 def _larger(size: tuple[int, int], room: tuple[int, int], batch: Sequence[int]) -> tuple[int, int]:
-    """Room for this size and for somewhat larger ones, though not for more than complete batches have."""
+    """Room for this size and for somewhat larger ones, though not for more than complete batches of these rows have."""
     rows, number = batch
     spare, most = max(1, rows // MARGIN), (rows, rows * (number - 1))
-    a, b = (had if n <= had else max(n, min(-(-(n + spare) // STEP) * STEP, limit)) for n, had, limit in zip(size, room, most, strict=True))
+    wanted = ((n, had if n <= had else -(-(n + spare) // STEP) * STEP, limit) for n, had, limit in zip(size, room, most, strict=True))
+    a, b = (max(n, min(new, limit)) for n, new, limit in wanted)
     return a, b
 
 
@@ -67,12 +68,12 @@ def _same_kind(a: Batch, b: Batch) -> bool:
 
 
 def _empty(batch: Batch, sizes: Sizes) -> Batch:
-    """Memory for any batch of these sizes, with the first one's rows where they must be real."""
+    """Memory for any batch of these sizes."""
     modalities = {}
     for name, packed in batch.modalities.items():
         rows, pairs = sizes[name]
         index = [torch.empty(size, dtype=torch.long, device=packed.row.device) for size in (rows, pairs, pairs)]
-        modalities[name] = Packed(repeated(packed.data, rows).clone(), *index)
+        modalities[name] = Packed(packed.data.new_empty((rows, *packed.data.shape[1:])), *index)
     alone = batch.alone.new_empty(sizes[""][0])
     observed, draw = torch.empty_like(batch.observed), torch.empty_like(batch.draw)
     return batch._replace(modalities=modalities, observed=observed, alone=alone, draw=draw, label=None)
@@ -83,6 +84,8 @@ def _copy(batch: Batch, place: Batch) -> None:
     for name, packed in batch.modalities.items():
         own = place.modalities[name]
         own.data[: len(packed.data)].copy_(packed.data)
+        # Not what an earlier batch left there: a NaN times a gradient of 0 is a NaN.
+        own.data[len(packed.data) :].copy_(packed.data[:1].expand_as(own.data[len(packed.data) :]))
         fillers = (rows, number * rows, 0)
         for values, target, filler in zip(packed[1:], own[1:], fillers, strict=True):
             _fill(values, target, filler)
