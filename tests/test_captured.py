@@ -112,7 +112,7 @@ def test_what_is_remembered_is_the_room_that_a_resumed_run_takes() -> None:
 
 
 class Repeated(Captured):
-    """Records nothing: a replay is another pass over what is in the room then."""
+    """Records nothing: a replay is another pass over what is in the room then, and its values are where those of the last one were."""
 
     recordings = 0
 
@@ -124,7 +124,14 @@ class Repeated(Captured):
 
     def record(self, run: Pass) -> Pass:
         self.recordings += 1
-        return run
+        place: list[Tensor] = []
+
+        def replay() -> Tensor:
+            values = run()
+            place[:] = place or [values.clone()]
+            return place[0].copy_(values)
+
+        return replay
 
 
 def engine_of(kind: type[Replicated], objective: nn.Module | None = None, **settings: Any) -> Any:
