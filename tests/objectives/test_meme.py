@@ -485,3 +485,40 @@ def test_modalities_of_different_families_or_sizes_are_refused():
         MEME({"a": random_network(), "b": random_network(family=DiagLaplace)}, pseudo_inputs=1)
     with pytest.raises(ValueError, match="at least two modalities"):
         MEME({"a": random_network()}, pseudo_inputs=1)
+
+
+def perceptron(private=0):
+    size = D + private
+    encoder = nn.Sequential(nn.Linear(EVENT, 8), nn.Tanh(), nn.Linear(8, 2 * size))
+    decoder = nn.Sequential(nn.Linear(size, 8), nn.Tanh(), nn.Linear(8, EVENT))
+    settings = {"latent_dim": size, "private_dim": private, "feature": (EVENT,)}
+    return Modality(encoder=encoder, decoder=decoder, likelihood=Normal(0.5), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"log_ratio": "sampled"}], ids=str)
+def test_latents_of_a_modality_s_own_cost_their_divergence(settings):
+    """Where decoders do not read them: whatever posterior they have, the loss is the same but for KL(q(w | x) || N(0, I)) a row."""
+    objective = MEME({n: perceptron(private=1) for n in "ab"}, pseudo_inputs=2, samples=3, **settings).double()
+    for modality in objective.modalities.values():
+        modality.decoder[0].weight.data[:, D:] = 0
+    batch, found = pack_dense({n: torch.randn(9, 3).double() for n in "ab"}, dict.fromkeys("ab", torch.ones(9).bool())), []
+    for _ in range(2):
+        _, private = objective.split(objective.encodings(batch))
+        cost = sum(reference.kl_divergence(reference.Normal(*q), reference.Normal(0.0, 1.0)).sum() for q in private.values()) / 2
+        loss = objective(batch)
+        found.append((loss.total - cost, loss.terms["bound"].total + cost, cost))
+        for modality in objective.modalities.values():  # another posterior of the private latent
+            for row in (D, 2 * D + 1):
+                modality.encoder[-1].bias.data[row] += 0.7
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=1e-10, atol=1e-10)
+    assert abs(found[0][2] - found[1][2]) > 0.1
+
+
+def test_the_divergence_is_told_as_one():
+    """kl/a of rows that hold two modalities is the mean of KL(q_a || q_b), which is not negative."""
+    objective = MEME({n: perceptron() for n in "ab"}, pseudo_inputs=2, samples=3).double()
+    batch = pack_dense({n: torch.randn(9, 3).double() for n in "ab"}, dict.fromkeys("ab", torch.ones(9).bool()))
+    a, b = (reference.Normal(*objective.modality(n).encode(batch.modalities[n].data)) for n in "ab")
+    told = objective(batch).terms["kl/a"]
+    torch.testing.assert_close(told.total.double(), reference.kl_divergence(a, b).sum(), rtol=1e-5, atol=1e-5)
+    assert told.count == 9
