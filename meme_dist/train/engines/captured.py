@@ -122,19 +122,19 @@ class Captured(Replicated):
         """Run it on a stream of its own, and once more with whatever makes the host wait an error; whether that drew on the host."""
         side, mode = torch.cuda.Stream(self._device), torch.cuda.get_sync_debug_mode()
         side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM):
-                run()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # what it does not see, the recording does
-                torch.cuda.set_sync_debug_mode("error")
-            before = _Random.now()
-            try:
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM):
+                    run()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # what it misses, the recording meets
+                    torch.cuda.set_sync_debug_mode("error")
+                before = _Random.now()
                 run()
                 return before.moved()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-                torch.cuda.current_stream(self._device).wait_stream(side)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream(self._device).wait_stream(side)
 
     def record(self, run: Pass) -> Pass:
         """Capture it; loader threads may meanwhile talk to the device."""
