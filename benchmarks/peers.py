@@ -14,7 +14,6 @@ meme_dist, all K    MMVAE and MMVAE+ that differentiate all K samples, as MultiV
 """
 
 import importlib
-import importlib.machinery
 import importlib.util
 import json
 import logging
@@ -23,9 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +31,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peers_told import CPU_CLOCK, GPU_CLOCK, Row, show, told
 from benchmarks.record import keep
+from benchmarks.stand_in import stand_in
 from benchmarks.timing import synchronize
 from meme_dist.likelihoods import Normal
 from meme_dist.metrics.rows import on_device
@@ -55,7 +54,6 @@ EVENT, WIDTH, LATENT, PSEUDO_INPUTS = (1, 28, 28), 512, 64, 64
 WARM = 2  # steps before the clock runs
 ROOM = 12 << 30  # bytes of data that a row may take: beyond it an allocation fails, and the row says so
 FEW = {("mopoe", 10): 16}  # rows a step where MultiVae's subsets leave no memory for more
-Row = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -322,48 +320,6 @@ def _multivae(case: Case) -> Built:
     return Built(model, loss, list(model.encoders.values()), list(model.decoders.values()))
 
 
-def stand_in() -> None:
-    """Empty modules for what MultiVae imports and does not need here, where they are not installed."""
-    absent = [name for name in ("torchvision", "nltk") if importlib.util.find_spec(name) is None]
-    if absent:
-        sys.meta_path.append(_Empty(absent))
-
-
-class _Anything(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls
-
-
-class _Nothing(metaclass=_Anything):
-    """Stands for any class or function of an empty module."""
-
-
-class _Module(types.ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing
-
-
-class _Empty(MetaPathFinder, Loader):
-    def __init__(self, packages: Sequence[str]) -> None:
-        self.packages = packages
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        found = fullname.partition(".")[0] in self.packages
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if found else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 # ---- this library -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -410,46 +366,3 @@ def network(*, private: int) -> Modality:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, WIDTH), nn.ReLU(), *deep, nn.Linear(WIDTH, 2 * latent))
     decoder = nn.Sequential(nn.Linear(latent, WIDTH), nn.ReLU(), nn.Linear(WIDTH, pixels), nn.Sigmoid(), nn.Unflatten(-1, EVENT))
     return Modality(encoder=encoder, decoder=decoder, likelihood=Normal(1.0), latent_dim=latent, feature=EVENT, private_dim=private)
-
-
-# ---- telling ----------------------------------------------------------------------------------------------------------------------------
-
-CPU_CLOCK = ("cpu_ms", "cpu_ms_min", "rows_per_cpu_second")
-GPU_CLOCK = ("ms", "ms_min", "rows_per_second")
-COLUMNS = ("peak_mb", "saved_mb", "gflop", "encoder_rows", "decoder_rows")
-
-
-def told(row: Row) -> str:
-    """One row, as it comes."""
-    what = f"{row['form']}: {row['model']}, N = {row['modalities']}, {row['missing']:.0%} missing, B = {row['batch_size']}"
-    return f"{what}: {row['error'] if 'error' in row else ', '.join(f'{name} {row[name]}' for name in columns(row)[:4])}"
-
-
-def columns(row: Row) -> tuple[str, ...]:
-    """The figures of a row that are told."""
-    clock = CPU_CLOCK if row["device"] == "cpu" else GPU_CLOCK
-    return (clock[0], clock[2], *COLUMNS)
-
-
-def show(rows: Sequence[Row]) -> None:
-    """All rows as a table; `times` is rows a second over those of MultiVae in the same cell of the grid."""
-    lines = [("model", "N", "missing", "B", "form", *(columns(rows[0]) if rows else ()), "times")]
-    for row in rows:
-        own = tuple("-" if "error" in row else f"{row[name]:g}" for name in columns(row))
-        lines.append(
-            (row["model"], *(f"{row[key]:g}" for key in ("modalities", "missing", "batch_size")), row["form"], *own, times(row, rows))
-        )
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    print()
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def times(row: Row, rows: Sequence[Row]) -> str:
-    """Rows a second over MultiVae's (a CPU's: of processor time); empty where one of the two is not there."""
-    same = ("model", "modalities", "missing", "batch_size", "samples")
-    peers = [
-        other for other in rows if other["form"] == "multivae" and all(other[key] == row[key] for key in same) and "error" not in other
-    ]
-    rate = columns(row)[1]
-    return f"{row[rate] / peers[-1][rate]:.2f}" if peers and "error" not in row else ""

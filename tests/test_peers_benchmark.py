@@ -11,14 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers, record
-from benchmarks.peers import Built, Case, apart, cases, importable, network, rows_of, show, stand_in, times, work
+from benchmarks import peers, peers_told, record
+from benchmarks.peers import Built, Case, apart, cases, importable, network, rows_of, show, work
+from benchmarks.peers_told import times
+from benchmarks.stand_in import stand_in
 
 CASE = Case("meme_dist", "mmvae", 2, 0.5, 8, 3, 1, 5.0)
 
 
 def row(form: str, **more: Any) -> dict[str, Any]:
-    found = CASE._replace(form=form)._asdict() | dict.fromkeys((*peers.CPU_CLOCK, *peers.COLUMNS), 1.0) | {"rows_per_cpu_second": 10.0}
+    found = (
+        CASE._replace(form=form)._asdict()
+        | dict.fromkeys((*peers_told.CPU_CLOCK, *peers_told.COLUMNS), 1.0)
+        | {"rows_per_cpu_second": 10.0}
+    )
     return found | more
 
 

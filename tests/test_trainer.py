@@ -31,7 +31,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_on(sharded: Path, folder: Path | None = None, **settings: Any) -> Trainer:
     """A training of a MEME with dropout (so that torch's random state matters) on real shards with missing entries."""
     training = Training(**(SETTINGS | settings))
-    layout = {"accumulate": training.accumulate, "workers": training.workers}
+    layout = {"accumulate": training.accumulate, "workers": training.workers or 0}
     rows = stream(sharded, batch_size=training.batch_size, seed=training.seed, **layout)
     return Trainer(build(SHARDED, seed=training.seed, dropout=0.2), rows, training, folder=folder)
 

@@ -5,17 +5,16 @@ A step of a multimodal VAE is a thousand small kernels, each of which takes the 
 random number of a row is a function of a counter that is a tensor, and batches come in memory that stays in place (`Room`).
 """
 
-import random
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from meme_dist.train import randomness
 from meme_dist.train.engines.replicated import Replicated
 from meme_dist.train.engines.room import Room
 from meme_dist.train.training import Training
@@ -107,16 +106,8 @@ class Captured(Replicated):
     def _warm_up(self, batch: Batch) -> bool:
         """Run both passes as they will be recorded, but for what they leave behind: gradients, running statistics, random state. Returns
         whether they drew on the host, which a replay would not."""
-        here, buffers = _Random.now(), {name: x.clone() for name, x in self.objective.named_buffers()}
-        on_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        try:
+        with self.undisturbed():
             return self.warm(lambda: self._both(batch, add=False))
-        finally:
-            here.restore()
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self._device)
-            for name, x in self.objective.named_buffers():
-                x.copy_(buffers[name])
 
     def warm(self, run: Pass) -> bool:
         """Run it on a stream of its own, and once more with whatever makes the host wait an error; whether that drew on the host."""
@@ -126,12 +117,12 @@ class Captured(Replicated):
             with torch.cuda.stream(side):
                 for _ in range(WARM):
                     run()
+                before = _on_the_host()
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # what it misses, the recording meets
                     torch.cuda.set_sync_debug_mode("error")
-                before = _Random.now()
                 run()
-                return before.moved()
+            return not all(map(torch.equal, before, _on_the_host()))
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream(self._device).wait_stream(side)
@@ -168,26 +159,9 @@ class Captured(Replicated):
         warnings.warn(told, stacklevel=2)
 
 
-class _Random(NamedTuple):
-    """The host's generators that a model might draw from."""
-
-    torch: Tensor
-    python: Any
-    numpy: Any
-
-    @classmethod
-    def now(cls) -> "_Random":
-        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state())
-
-    def moved(self) -> bool:
-        now = _Random.now()
-        numpy = any(not np.array_equal(a, b) for a, b in zip(self.numpy, now.numpy, strict=True))
-        return numpy or self.python != now.python or not torch.equal(self.torch, now.torch)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
+def _on_the_host() -> list[Tensor]:
+    """The state of the host's generators that a model might draw from."""
+    return [x for name, x in randomness.capture().items() if name != "cuda"]
 
 
 def _complete(batch: Batch) -> bool:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from meme_dist.train import randomness
 from meme_dist.train.engines.base import Moments, TorchEngine, adam, autocast_forward, layout_of
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, Loss
@@ -27,10 +28,33 @@ class Replicated(TorchEngine):
         self.groups = accelerator.num_processes
         # One process alone under a launcher would get DDP too: nothing to exchange, and hooks that wait for the device.
         self.wrapped = objective if self.groups == 1 else cast(nn.Module, accelerator.prepare(objective))
+        self._laid_out = self.groups == 1
 
     def forward(self, batch: Batch, *, last: bool) -> Loss:
+        if not self._laid_out:
+            self._lay_out(batch)
         with self._alone(last):
             return self.wrapped(batch)
+
+    def _lay_out(self, batch: Batch) -> None:
+        """DistributedDataParallel lays its buckets out anew after its first pass, in the order in which gradients came, and sums over three
+        ranks or more are rounded by the layout. So a first pass is made and forgotten: else a resumed run's first step, which has the old
+        layout, would not be the uninterrupted run's to the last bit."""
+        self._laid_out = True
+        with self.undisturbed():
+            self.wrapped(batch).total.backward()
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Passes within it leave neither running statistics nor random state behind."""
+        state, buffers = randomness.capture(), {name: x.clone() for name, x in self.objective.named_buffers()}
+        try:
+            yield
+        finally:
+            randomness.restore(state)
+            for name, x in self.objective.named_buffers():
+                x.copy_(buffers[name])
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._alone(last):
