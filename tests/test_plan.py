@@ -199,11 +199,13 @@ def trained(rank: int, world: int, engine: str, accumulate: int) -> tuple[int, f
             return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
         trainer.engine.wrapped.register_comm_hook(None, hook)
-    sent = []
+    sent, summed = [], []
     for _ in trainer:
         torch.distributed.barrier()
         sent.append(sent_bytes() or 0)
-    return held, (sent[-2] - sent[1]) / (len(sent) - 3), reduced[0] // len(sent)  # the last step writes the log
+        summed.append(reduced[0])
+    # The first step has the pass before it that lays out DDP's buckets, the last one writes the log.
+    return held, (sent[-2] - sent[1]) / (len(sent) - 3), (summed[-1] - summed[0]) // (len(summed) - 1)
 
 
 def counted(world: int, accumulate: int) -> Counts:
