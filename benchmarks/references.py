@@ -10,12 +10,9 @@ from a list, the subset of MoPoE from ours. So what is left of a difference is a
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import json
 import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import CPU, RESULTS, machine
+from benchmarks.stand_in import Empty
 from meme_dist.bounds import importance_weighted
 from meme_dist.distributions import DiagLaplace, DiagNormal, Diagonal
 from meme_dist.likelihoods import Normal
@@ -352,44 +350,9 @@ def _subsets_of(model: Any, batch: Batch) -> Iterator[None]:
     yield
 
 
-class _Empty(type):
-    """Whatever is asked of it is another of it."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing
-
-
-class _Nothing(metaclass=_Empty):
-    def __init__(self, *values: Any, **keywords: Any) -> None: ...
-
-
-class _EmptyPackage(types.ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty packages for what a comparison does not need; last in the path, so that an installed one comes first."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        wanted = fullname.split(".")[0] in UNNEEDED
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if wanted else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _EmptyPackage(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None: ...
-
-
 @contextlib.contextmanager
 def _importable(source: Sequence[Path]) -> Iterator[None]:
-    finder = _Finder()
+    finder = Empty(UNNEEDED)
     sys.path[:0] = [str(folder) for folder in source]
     sys.meta_path.append(finder)
     try:

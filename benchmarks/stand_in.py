@@ -13,7 +13,7 @@ def stand_in() -> None:
     """Empty modules for what MultiVae imports and does not need here, where they are not installed."""
     absent = [name for name in ("torchvision", "nltk") if importlib.util.find_spec(name) is None]
     if absent:
-        sys.meta_path.append(_Empty(absent))
+        sys.meta_path.append(Empty(absent))
 
 
 class _Anything(type):
@@ -26,6 +26,8 @@ class _Anything(type):
 class _Nothing(metaclass=_Anything):
     """Stands for any class or function of an empty module."""
 
+    def __init__(self, *values: Any, **keywords: Any) -> None: ...
+
 
 class _Module(types.ModuleType):
     __path__: list[str] = []
@@ -36,7 +38,9 @@ class _Module(types.ModuleType):
         return _Nothing
 
 
-class _Empty(MetaPathFinder, Loader):
+class Empty(MetaPathFinder, Loader):
+    """Empty packages of these names; last in the path, so that installed ones come first."""
+
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = packages
 

@@ -107,6 +107,19 @@ def test_gradients_cross_the_ranks_once_a_step_whatever_the_micro_batches() -> N
     assert run_ranks(synchronisations, 2, 3) == [2, 2]
 
 
+def idle(rank: int, world: int) -> str:
+    objective = build()
+    objective.register_parameter("spare", torch.nn.Parameter(torch.ones(2)))
+    stream = Rows("ab", mixed("ab"), batch_size=BATCH, rank=rank, world=world)
+    with pytest.raises(ValueError) as error:
+        list(Trainer(objective, stream, Training(steps=2, batch_size=BATCH)))
+    return str(error.value)
+
+
+def test_a_parameter_that_takes_no_part_is_named_on_every_rank() -> None:
+    assert all(said.startswith("spare: no part in the loss") for said in run_ranks(idle, 2))
+
+
 # ---- what is not finite -------------------------------------------------------------------------------------------------------------
 
 

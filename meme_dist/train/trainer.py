@@ -190,11 +190,7 @@ class Trainer:
             with self._phase("backward"):
                 self.engine.backward(loss.total * scale, last=last)
             losses.append(loss._replace(total=loss.total.detach()))
-        if idle := self.engine.idle():
-            raise ValueError(
-                f"{', '.join(idle[:5])}: no part in the loss, so no gradient; every parameter must take part in every batch, with zero "
-                "weight if need be (or set requires_grad to False)"
-            )
+        self.engine.require_gradients()
         return losses
 
     def _agree(self, losses: Sequence[Loss]) -> tuple[float, float]:

@@ -92,6 +92,14 @@ class Engine(ABC):
     def idle(self) -> list[str]:
         """The trained parameters that got no gradient in this step."""
 
+    def require_gradients(self) -> None:
+        """Raise ValueError where a trained parameter got no gradient in this step."""
+        if idle := self.idle():
+            raise ValueError(
+                f"{', '.join(idle[:5])}: no part in the loss, so no gradient; every parameter must take part in every batch, with zero "
+                "weight if need be (or set requires_grad to False)"
+            )
+
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, bool]]:
         """Each trained parameter's name and whether its gradient is finite on this rank; those without one are left out."""

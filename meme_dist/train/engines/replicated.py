@@ -43,6 +43,7 @@ class Replicated(TorchEngine):
         self._laid_out = True
         with self.undisturbed():
             self.wrapped(batch).total.backward()
+        self.require_gradients()  # before the next pass, in which DDP would say it in words of its own
         self.optimizer.zero_grad()
 
     @contextmanager
