@@ -10,7 +10,9 @@ modules stand in for them. Forms:
 multivae            the class as it is, its masks dense and its rows zero-filled
 meme_dist           the objective with its defaults (MMVAE and MMVAE+ differentiate one drawn sample a modality); also others
 meme_dist, all K    MMVAE and MMVAE+ that differentiate all K samples, as MultiVae's do: the same computation
-..., recorded       on a GPU: the same step as `meme-dist train` makes it, both passes replayed as one CUDA graph (`engines/captured.py`)
+..., as trained     on a CPU: the same step as `meme-dist train` makes it, with the fused form of Adam; the forms before, and MultiVae's own
+                    trainer, have PyTorch's default, which goes tensor by tensor
+..., recorded       on a GPU: as trained there, both passes replayed as one CUDA graph (`engines/captured.py`)
 """
 
 import importlib
@@ -40,6 +42,7 @@ from meme_dist.metrics.rows import on_device
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
 from meme_dist.train.engines.captured import Captured
+from meme_dist.train.engines.replicated import Replicated
 from meme_dist.train.training import Training
 from meme_dist.types import Batch, pack_dense
 
@@ -50,6 +53,7 @@ INSTALL = (
 MODELS = ("mmvae", "mvae", "mopoe", "mvtcae", "mmvaeplus", "jmvae", "mmvm", "holder", "meme")
 IMPORTANCE = ("mmvae", "mmvaeplus")  # those with K samples that MultiVae has too
 ALONE = ("mmvm", "holder", "meme")  # MultiVae has no such model
+AS_TRAINED = {"cpu": "as trained", "cuda": "recorded"}  # the form whose step is the trainer's own
 EVENT, WIDTH, LATENT, PSEUDO_INPUTS = (1, 28, 28), 512, 64, 64
 WARM = 2  # steps before the clock runs
 ROOM = 12 << 30  # bytes of data that a row may take: beyond it an allocation fails, and the row says so
@@ -110,10 +114,10 @@ def main(
     if error:
         print(INSTALL.format(error=error), flush=True)
     rows = []
-    for case in cases(models, modalities, missing, batch_size, samples, steps, seconds, recorded=device == "cuda"):
+    for case in cases(models, modalities, missing, batch_size, samples, steps, seconds, device):
         if error and case.form == "multivae":
             continue
-        rows.append(apart(case) if device == "cpu" else here(case._replace(device=device)))
+        rows.append(apart(case) if device == "cpu" else here(case))
         print(told(rows[-1]), flush=True)
     show(rows)
     if save and rows:
@@ -128,17 +132,16 @@ def cases(
     samples: int,
     steps: int,
     seconds: float,
-    *,
-    recorded: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Case]:
     """The grid, both systems one after the other for each point of it."""
     for model in models:
         forms = ("multivae", "meme_dist", "meme_dist, all K")[model in ALONE : 3 if model in IMPORTANCE else 2]
-        forms += tuple(f"{form}, recorded" for form in forms if recorded and form != "multivae")
+        forms += tuple(f"{form}, {AS_TRAINED[device]}" for form in forms if form != "multivae")
         for number in modalities:
             for share in missing:
                 size, draws = FEW.get((model, number), batch_size), samples if model in (*IMPORTANCE, "meme") else 1
-                yield from (Case(form, model, number, share, size, draws, steps, seconds) for form in forms)
+                yield from (Case(form, model, number, share, size, draws, steps, seconds, device) for form in forms)
 
 
 def importable() -> str:
@@ -216,17 +219,18 @@ def measure(case: Case) -> Row:
 
 
 def _update(built: Built, case: Case) -> Callable[[], None]:
-    """Forward, backward and Adam; the optimiser is PyTorch's default for both systems, and in a recorded step what the trainer takes."""
-    if case.form.endswith("recorded"):
-        batch, engine = built.batch, Captured(built.model, Training(batch_size=case.batch_size, learning_rate=1e-4), Accelerator())
+    """Forward, backward and Adam; the optimiser is PyTorch's default for both systems, and as trained what the trainer takes."""
+    if case.form.endswith(AS_TRAINED[case.device]):
+        batch, kind = built.batch, Replicated if case.device == "cpu" else Captured
         assert batch is not None
+        engine = kind(built.model, Training(batch_size=case.batch_size, learning_rate=1e-4), Accelerator(cpu=case.device == "cpu"))
 
-        def replayed() -> None:
+        def trained() -> None:
             engine.begin()
-            engine.forward(batch, last=True)
+            engine.backward(engine.forward(batch, last=True).total / case.batch_size, last=True)
             engine.optimizer.step()
 
-        return replayed
+        return trained
     optimizer = torch.optim.Adam(built.model.parameters(), 1e-4)
 
     def plain() -> None:

@@ -30,9 +30,13 @@ def row(form: str, **more: Any) -> dict[str, Any]:
 
 def test_the_grid_has_both_systems_side_by_side_and_few_rows_where_multivae_has_no_memory_for_more() -> None:
     grid = list(cases(["mmvae", "mopoe", "meme"], [2, 10], [0.0, 0.5], 64, 10, 5, 60.0))
-    assert len(grid) == 4 * 3 + 4 * 2 + 4
-    assert {case.form for case in grid if case.model == "meme"} == {"meme_dist"}
-    assert [case.form for case in grid[:3]] == ["multivae", "meme_dist", "meme_dist, all K"]
+    assert len(grid) == 4 * 5 + 4 * 3 + 4 * 2
+    assert {case.form for case in grid if case.model == "meme"} == {"meme_dist", "meme_dist, as trained"}
+    both = ["multivae", "meme_dist", "meme_dist, all K"]
+    assert [case.form for case in grid[:5]] == both + [f"{form}, as trained" for form in both[1:]]
+    on_gpu = list(cases(["mmvae"], [2], [0.0], 64, 10, 5, 60.0, "cuda"))
+    assert [case.form for case in on_gpu] == both + [f"{form}, recorded" for form in both[1:]]
+    assert {case.device for case in grid} == {"cpu"} and {case.device for case in on_gpu} == {"cuda"}
     assert {(case.model, case.modalities): (case.batch_size, case.samples) for case in grid if case.model != "meme"} == {
         ("mmvae", 2): (64, 10),
         ("mmvae", 10): (64, 10),
@@ -88,6 +92,22 @@ def test_a_row_is_measured_in_a_process_of_its_own_and_its_memory_is_not_that_of
     assert found["encoder_rows"] < 16 and 0 < found["peak_mb"] < 200 and json.dumps(found)
 
 
+def test_the_step_as_trained_is_the_step_beside_it_up_to_rounding() -> None:
+    """AdamW without decay is Adam, its fused form rounds otherwise, and the trainer's engine adds nothing to the loss."""
+    trained = []
+    for form in ("meme_dist", "meme_dist, as trained"):
+        torch.manual_seed(0)
+        case = CASE._replace(form=form, model="mopoe", modalities=3)
+        built = peers.ours(case)
+        before = nn.utils.parameters_to_vector(built.model.parameters()).detach().clone()
+        once = peers._update(built, case)
+        for _ in range(3):
+            once()
+        trained.append(nn.utils.parameters_to_vector(built.model.parameters()).detach())
+        assert float((trained[-1] - before).abs().max()) == pytest.approx(3e-4, rel=0.01)  # Adam's first steps are its rate long
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
+
+
 def ended(code: int, error: str) -> Any:
     return lambda *words, **keywords: subprocess.CompletedProcess(words, code, stdout="a line of its own\n", stderr=error)
 
@@ -127,7 +147,7 @@ def test_without_multivae_the_library_is_measured_alone_and_the_message_says_how
     told = capsys.readouterr().out
     assert "pip install --no-deps multivae==1.0.3" in told and "No module named 'multivae'" in told
     kept = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
-    assert [one["form"] for one in kept] == ["meme_dist"] and {"device", "torch", "commit"} <= set(kept[0])
+    assert [one["form"] for one in kept] == ["meme_dist", "meme_dist, as trained"] and {"device", "torch", "commit"} <= set(kept[0])
 
 
 def test_empty_modules_stand_in_for_what_is_absent_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
