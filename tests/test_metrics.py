@@ -388,6 +388,20 @@ def test_likelihoods_ignore_training_weights_chunks_and_absent_content() -> None
     assert limited["log_likelihood/x1|x0@1"].count == both[:10].sum()
 
 
+def test_what_is_asked_together_shares_decodings_and_is_what_is_asked_alone() -> None:
+    """N modalities have N^2 + N + 1 queries of 2 N targets in all: each target alone, whatever is given, and all at once."""
+    (x, observed), counted = linear_data(50, missing=0.4, seed=3), []
+    objective, asked = linear_model(1.3), queries(list(x))
+    for name in x:
+        objective.modality(name).decoder.register_forward_hook(lambda _, args, out: counted.append(len(out)))
+    together = bounds(objective, x, observed, asked, samples=(1, 20))
+    held = torch.stack(list(observed.values()), 1)
+    assert sum(counted) == 20 * (int(held.sum()) + 3 * int(held.all(1).sum()))
+    for query in asked:
+        for name, sums in bounds(objective, x, observed, [query], samples=(1, 20)).items():
+            assert float(together[name].total) == pytest.approx(float(sums.total), rel=1e-6) and together[name].count == sums.count
+
+
 def test_numbers_of_samples_must_divide_the_largest() -> None:
     with pytest.raises(ValueError, match=r"must divide the largest, got \(3, 10\)"):
         log_likelihood([Query(("a",))], samples=(3, 10))

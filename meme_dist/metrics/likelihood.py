@@ -50,45 +50,58 @@ def log_likelihood(asked: Sequence[Query], *, samples: Sequence[int] = (1, 100),
 
     A row counts where it holds all of the query's modalities and its index is below `rows`. Every bound uses all max(samples) draws: for a
     smaller K it is averaged over as many groups, so that it never falls as K grows, row by row and not only on average. At most `chunk`
-    draws a row are decoded at a time. Raises ValueError where a K does not divide the largest.
+    draws a row are decoded at a time. Queries of the same targets share draws and decodings, so that N^2 of them (`queries`) cost 2 N
+    decodings a draw, and differences between them are of the same draws. Raises ValueError where a K does not divide the largest.
     """
-    largest = max(samples)
+    largest, limit = max(samples), rows if rows is not None else math.inf
     if min(samples) < 1 or any(largest % num for num in samples):
         raise ValueError(f"log likelihood: each number of samples must divide the largest, got {tuple(samples)}; try (1, 10, 100)")
 
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
         sums: dict[str, Sums] = {}
-        for query in asked:
-            counted = holds(batch, (*query.targets, *query.given)) & (batch.draw < (rows if rows is not None else math.inf))
-            log_weight = _log_weights(objective, batch, query, counted, largest, chunk)
-            for num in samples:
-                bound = _bound(log_weight, num)
-                sums[likelihood_key(query, num)] = add_up(bound)
-                sums[f"{likelihood_key(query, num)}/square"] = add_up(bound.square())
+        for targets in dict.fromkeys(query.targets for query in asked):
+            given = [query.given for query in asked if query.targets == targets]
+            for condition, log_weight in _log_weights(objective, batch, targets, given, batch.draw < limit, largest, chunk).items():
+                for num in samples:
+                    key, bound = likelihood_key(Query(targets, condition), num), _bound(log_weight, num)
+                    sums |= {key: add_up(bound), f"{key}/square": add_up(bound.square())}
         return sums
 
     return metric
 
 
 def _log_weights(
-    objective: Objective, batch: Batch, query: Query, counted: Bool[Tensor, " B"], num: int, chunk: int
-) -> Float[Tensor, "K R"]:
-    if not bool(counted.any()):  # no decoder sees an empty batch
-        return torch.zeros(num, 0, device=batch.draw.device)
-    proposal = objective.infer(batch.only(*query.targets))
-    prior = objective.infer(batch.only(*query.given)) if query.given else objective.prior()
-    data = {name: batch.dense(name)[counted] for name in query.targets}
-    purpose, parts = f"likelihood/{joined(query.targets)}|{joined(query.given)}", []
+    objective: Objective,
+    batch: Batch,
+    targets: tuple[str, ...],
+    given: Sequence[tuple[str, ...]],
+    wanted: Bool[Tensor, " B"],
+    num: int,
+    chunk: int,
+) -> dict[tuple[str, ...], Float[Tensor, "K R"]]:
+    """log of the importance weights of the wanted rows that hold targets and condition, for every condition.
+
+    The draws come from q(z | x_T) whatever is given, so that all conditions share them, and what costs: their decodings.
+    """
+    counted = {condition: wanted & holds(batch, (*targets, *condition)) for condition in given}
+    needed = torch.stack(list(counted.values())).any(0)
+    if not bool(needed.any()):  # no decoder sees an empty batch
+        return {condition: torch.zeros(num, 0, device=batch.draw.device) for condition in given}
+    proposal, purpose = objective.infer(batch.only(*targets)), f"likelihood/{joined(targets)}"
+    priors = {condition: objective.infer(batch.only(*condition)) if condition else objective.prior() for condition in given}
+    data = {name: batch.dense(name)[needed] for name in targets}
     drawn = proposal.sample(noise_of(batch), purpose, num)
-    own = {name: _own(objective, batch, name, f"{purpose}/private/{name}", num) for name in query.targets}
+    own = {name: _own(objective, batch, name, f"{purpose}/private/{name}", num) for name in targets}
+    parts: dict[tuple[str, ...], list[Tensor]] = {condition: [] for condition in given}
     for start in range(0, num, chunk):
         z, here = drawn[start : start + chunk], slice(start, start + chunk)
-        log_weight = (prior.log_prob(z) - proposal.log_prob(z))[:, counted]
+        log_weight = -proposal.log_prob(z)[:, needed]
         for name, x in data.items():
             w, ratio = own[name]
-            log_weight = log_weight + ratio[here, counted] + _log_prob(objective, name, x, torch.cat([z, w[here]], -1)[:, counted])
-        parts.append(log_weight)
-    return torch.cat(parts)
+            log_weight = log_weight + ratio[here, needed] + _log_prob(objective, name, x, torch.cat([z, w[here]], -1)[:, needed])
+        for condition, prior in priors.items():
+            parts[condition].append((prior.log_prob(z)[:, needed] + log_weight)[:, counted[condition][needed]])
+    return {condition: torch.cat(part) for condition, part in parts.items()}
 
 
 def _own(

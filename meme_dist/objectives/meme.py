@@ -56,6 +56,7 @@ class MEME(Objective):
       released       one sample carries the weighted term, all K the marginal: what the authors' code does.
       rao_blackwell  the weighted sum over all K samples: lowest variance, every decoder runs K times with gradients.
       resampled      one sample drawn from w / K carries everything: K decodings without gradients, one with.
+      With one sample, of weight 1, they are one and the same: it is decoded once, as `rao_blackwell` has it.
     `combination`: p(z | x_T) of several targets, app. E: even mixture, or product of their posteriors (with or without a N(0, I) expert).
     `inference`: how `infer` combines several observed modalities, by default as training does. Every posterior is trained to be the others'
       prior, so that those of a mixture may be multiplied afterwards without a further training (docs/results.md).
@@ -91,7 +92,7 @@ class MEME(Objective):
         if estimator == "resampled" and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
         self.samples, self.cross_weight, self.pseudo_inputs = samples, cross_weight, pseudo_inputs
-        self.estimator: Estimator = estimator
+        self.estimator: Estimator = estimator if samples > 1 else "rao_blackwell"
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
         self.inference: Combination = inference or combination
         if self.family is not DiagNormal and {self.combination, self.inference} != {"mixture"}:

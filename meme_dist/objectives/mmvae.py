@@ -77,7 +77,8 @@ class MMVAE(Objective):
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient: expected one of {', '.join(get_args(Gradient))}, got {gradient!r}")
-        self.samples, self.tight, self.resampled, self.beta = samples, tight, resampled, beta
+        self.samples, self.tight, self.beta = samples, tight, beta
+        self.resampled = resampled and (tight or samples > 1)  # the one sample of a modality need not be decoded again
         self.gradient: Gradient = gradient
         self.standard = Standard(self.latent_dim, self.family, learned=learned_prior)
 

@@ -475,6 +475,25 @@ def test_work_follows_what_is_present():
         assert 3 * both + both + held <= counted["decoder"] <= 1.1 * (3 * both + both + held)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_one_sample_is_decoded_once_whichever_estimator_and_gives_the_formula_to_all(estimator):
+    """Its weight is 1 whatever it explains, so there is nothing to weigh or draw: it is decoded with gradients alone, n^2 times a row."""
+    objective, decoded = network_objective(samples=1, estimator=estimator), Counter()
+    for m in objective.modalities.values():
+        m.decoder.register_forward_hook(lambda _, args, out: decoded.update({out.requires_grad: len(out)}))
+    x = {n: torch.randn(5, EVENT).double() for n in ("m0", "m1")}
+    batch = pack_dense(x, {n: torch.ones(5, dtype=torch.bool) for n in x}, seed=3, single=False)
+    got = gradient(objective, batch)
+    assert decoded == {True: 2 * 2 * 5}
+    objective.zero_grad()
+    value = bimodal_transcription(
+        objective, x, Noise(3, batch.draw), cross_weight=objective.cross_weight, stop_gradient=True, log_ratio="closed_form"
+    )
+    value.backward()
+    want = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in objective.parameters()])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
 def test_resampling_refuses_a_gradient_that_it_does_not_have():
     with pytest.raises(ValueError, match="stop_gradient=False needs estimator"):
         network_objective(estimator="resampled", stop_gradient=False)

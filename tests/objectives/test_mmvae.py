@@ -114,6 +114,18 @@ def test_loss_and_gradient_equal_an_independent_transcription(gradient: str, tig
     torch.testing.assert_close(build(resampled=True, **keywords)(batch).total, value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("gradient", ["iwae", "dreg", "unbiased_dreg"])
+def test_the_one_sample_of_a_modality_is_decoded_once_and_gives_the_gradient_of_decoding_all(gradient: str) -> None:
+    batch, grads = incomplete()[1], []
+    for resampled in (True, False):
+        objective, without = build(gradient=gradient, samples=1, resampled=resampled), []
+        for name in NAMES:
+            objective.modality(name).decoder.register_forward_hook(lambda _, args, out, w=without: w.append(not out.requires_grad))
+        grads.append(globals()["gradient"](objective, objective(batch).total))
+        assert without and not any(without)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize(("gradient", "tight"), list(itertools.product(("iwae", "dreg"), (False, True))))
 def test_resampling_has_the_expected_gradient_of_decoding_all_samples(gradient: str, tight: bool) -> None:
     batch = meme.replicate({n: torch.randn(EVENT).double() for n in NAMES}, [1, 1, 0], 40_000, single=False)
