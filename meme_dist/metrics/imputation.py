@@ -24,7 +24,7 @@ from torch import Tensor
 
 from meme_dist.likelihoods import Categorical, Likelihood
 from meme_dist.metrics.coherence import Sources
-from meme_dist.metrics.predictive import can_draw, covered, crps, draw, rank
+from meme_dist.metrics.predictive import can_draw, covered, crps, draw, rank, standard
 from meme_dist.metrics.rows import Metric, decoded, holds, joined, noise_of, with_square
 from meme_dist.modalities.graph import GraphLikelihood, agreement
 from meme_dist.noise import Noise
@@ -74,10 +74,17 @@ def imputation(sources: Sequence[Sources], *, rows: int, draws: int = 39) -> Met
     def metric(objective: Objective, batch: Batch) -> dict[str, Sums]:
         names, wanted = list(batch.modalities), batch.draw < rows
         totals: dict[str, Float[Tensor, "2 B"]] = {}  # of each row over the sets that share a line, and of how many
-        for chosen in sources:
-            targets = [name for name in names if name not in chosen]
-            for target, values in _from_sources(objective, batch, chosen, targets, wanted, draws).items():
-                counted = wanted & holds(batch, [*chosen, target])
+        latents: dict[Sources, Float[Tensor, "K B D"]] = {}
+        for target in names:
+            held = wanted & holds(batch, [target])
+            standards = _standards(objective, batch, target, held, draws)
+            for chosen in sources:
+                if target in chosen:
+                    continue
+                counted = held & holds(batch, chosen)
+                if chosen not in latents and bool(counted.any()):
+                    latents[chosen] = objective.infer(batch.only(*chosen)).sample(noise_of(batch), f"imputation/{joined(chosen)}", draws)
+                values = _from_latents(objective, batch, target, latents.get(chosen), counted, [s[:, counted[held]] for s in standards])
                 for quantity in quantities(objective, target):
                     key = imputation_key(pattern_of(chosen, len(names)), target, quantity)
                     own = values[quantity].detach().double()
@@ -90,26 +97,43 @@ def imputation(sources: Sequence[Sources], *, rows: int, draws: int = 39) -> Met
     return metric
 
 
-def _from_sources(
-    objective: Objective, batch: Batch, sources: Sources, targets: Sequence[str], wanted: Bool[Tensor, " B"], draws: int
-) -> dict[str, dict[str, Float[Tensor, " R"]]]:
-    wanted = wanted & holds(batch, sources)
-    found, z = {}, None
-    for target in targets:
-        counted = wanted & holds(batch, [target])
-        if not bool(counted.any()):  # no decoder sees an empty batch
-            found[target] = {quantity: torch.zeros(0, device=batch.draw.device) for quantity in quantities(objective, target)}
-            continue
-        if z is None:
-            z = objective.infer(batch.only(*sources)).sample(noise_of(batch), f"imputation/{joined(sources)}", draws)
-        noise = Noise(batch.seed, batch.draw[counted])
-        x = batch.dense(target)[counted]
-        found[target] = _scores(objective, target, x, z[:, counted], noise, f"imputation/{joined(sources)}>{target}")
-    return found
+def _standards(objective: Objective, batch: Batch, target: str, held: Bool[Tensor, " B"], draws: int) -> list[Float[Tensor, "C R E"]]:
+    """The noise of a target's draws, a chunk of draws each, the same whatever was observed; none where draws have no such noise."""
+    likelihood, noise = objective.modality(target).likelihood, Noise(batch.seed, batch.draw[held])
+    if not bool(held.any()):
+        return []
+    size = batch.modalities[target].data[0].numel()
+    chunks = enumerate(torch.arange(draws).split(CHUNK))
+    made = [standard(likelihood, noise, f"{_purpose(target)}/{number}", len(chunk), size) for number, chunk in chunks]
+    return [one for one in made if one is not None]
+
+
+def _purpose(target: str) -> str:
+    return f"imputation/>{target}"
+
+
+def _from_latents(
+    objective: Objective,
+    batch: Batch,
+    target: str,
+    z: Float[Tensor, "K B D"] | None,
+    counted: Bool[Tensor, " B"],
+    standards: Sequence[Float[Tensor, "C R E"]],
+) -> dict[str, Float[Tensor, " R"]]:
+    if z is None or not bool(counted.any()):  # no decoder sees an empty batch
+        return {quantity: torch.zeros(0, device=batch.draw.device) for quantity in quantities(objective, target)}
+    noise, x = Noise(batch.seed, batch.draw[counted]), batch.dense(target)[counted]
+    return _scores(objective, target, x, z[:, counted], noise, _purpose(target), standards)
 
 
 def _scores(
-    objective: Objective, target: str, x: Shaped[Tensor, "R *event"], z: Float[Tensor, "K R D"], noise: Noise, purpose: str
+    objective: Objective,
+    target: str,
+    x: Shaped[Tensor, "R *event"],
+    z: Float[Tensor, "K R D"],
+    noise: Noise,
+    purpose: str,
+    standards: Sequence[Float[Tensor, "C R E"]],
 ) -> dict[str, Float[Tensor, " R"]]:
     """Each quantity of each row, decoding a few draws at a time."""
     likelihood = objective.modality(target).likelihood
@@ -120,7 +144,8 @@ def _scores(
         log_prob.append(likelihood.log_prob(x, params).double())
         point = _point(likelihood, params, x)
         total = point.sum(0) if total is None else total + point.sum(0)
-        made += [draw(likelihood, params.nan_to_num(0.0, 0.0, 0.0), noise, f"{purpose}/{number}")] if sampled else []
+        known = standards[number] if standards else None
+        made += [draw(likelihood, params.nan_to_num(0.0, 0.0, 0.0), noise, f"{purpose}/{number}", known)] if sampled else []
     assert total is not None
     scores = {"log_likelihood": torch.cat(log_prob).logsumexp(0) - math.log(len(z))}
     if isinstance(likelihood, Categorical):

@@ -22,15 +22,29 @@ def can_draw(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, Normal | Laplace | Poisson | NegativeBinomial)
 
 
-def draw(likelihood: Likelihood, params: Float[Tensor, "K R *event"], noise: Noise, purpose: str) -> Float[Tensor, "K R *event"]:
+def standard(likelihood: Likelihood, noise: Noise, purpose: str, num: int, size: int) -> Float[Tensor, "{num} B {size}"] | None:
+    """The noise that `draw` scales and moves, to be made once for many parameters; None where draws are no such thing (counts)."""
+    if isinstance(likelihood, Normal | Laplace):
+        return (noise.normal if isinstance(likelihood, Normal) else noise.laplace)(purpose, num, size)
+    return None
+
+
+def draw(
+    likelihood: Likelihood,
+    params: Float[Tensor, "K R *event"],
+    noise: Noise,
+    purpose: str,
+    made: Float[Tensor, "K R E"] | None = None,
+) -> Float[Tensor, "K R *event"]:
     """One draw of the data for each set of parameters; row r's are a pure function of its noise. Raises ValueError for other likelihoods.
 
-    Counts come from NumPy's generators, on the CPU, one generator a row, keyed as the row's noise is.
+    `made`: the `standard` noise of these rows, where it is there already. Counts come from NumPy's generators, on the CPU, one generator a
+    row, keyed as the row's noise is.
     """
     if isinstance(likelihood, Normal | Laplace):
-        source = noise.normal if isinstance(likelihood, Normal) else noise.laplace
-        standard = source(purpose, len(params), params[0, 0].numel()).view_as(params)
-        return params + likelihood.scale(params) * standard
+        made = standard(likelihood, noise, purpose, len(params), params[0, 0].numel()) if made is None else made
+        assert made is not None
+        return params + likelihood.scale(params) * made.view_as(params)
     if isinstance(likelihood, Poisson):
         return _counts(likelihood.mean(params), None, noise, purpose)
     if isinstance(likelihood, NegativeBinomial):
@@ -72,7 +86,8 @@ def covered(rank: Int[Tensor, "R E"], draws: int, level: float) -> Float[Tensor,
 def crps(draws: Float[Tensor, "S R E"], x: Float[Tensor, "R E"]) -> Float[Tensor, "R E"]:
     """The continuous ranked probability score of each value, in the value's own unit; smaller is better. Two draws at least."""
     num = len(draws)
-    ordered = draws.sort(0).values
+    # A tenth of the time that PyTorch's own takes for many short rows on a CPU.
+    ordered = torch.from_numpy(np.sort(draws.numpy(force=True), 0)) if draws.device.type == "cpu" else draws.sort(0).values
     weight = 2 * torch.arange(1, num + 1, device=draws.device, dtype=draws.dtype) - num - 1
     spread = torch.einsum("s,s...->...", weight, ordered) / (num * (num - 1))  # half of the mean |X - X'| over different draws
     return (draws - x).abs().mean(0) - spread

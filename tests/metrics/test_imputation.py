@@ -83,6 +83,9 @@ def test_a_row_counts_where_it_holds_sources_and_target_whatever_batch_it_comes_
         assert parts[name].count == count and float(parts[name].total) == pytest.approx(float(total), rel=1e-4, abs=1e-5)
     both = (observed["x0"] & observed["x1"] & observed["x2"])[:50].sum()
     assert whole["imputation/x0+x2>x1/crps"].count == both > 0
+    for chosen in sources[:-1]:  # patterns share the noise of a target's draws, and each has what it has alone
+        for name, (total, count) in evaluate(linear_model(), [pack_dense(x, observed)], [imputation([chosen], rows=50)]).items():
+            assert whole[name].count == count and float(whole[name].total) == pytest.approx(float(total), rel=1e-9)
 
 
 def test_up_to_five_modalities_patterns_stand_apart_and_beyond_together_by_their_size() -> None:
