@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_the_one_sample_of_a_modality_is_decoded_once_and_gives_the_gradient_of_
         grads.append(globals()["gradient"](objective, objective(batch).total))
         assert without and not any(without)
     assert torch.equal(*grads)
+
+
+def test_the_tight_bound_decodes_one_sample_of_a_row_with_gradients_also_at_one_a_modality() -> None:
+    """Its weights are over all modalities' samples: one of them is drawn, n entries a row are decoded with gradients and n^2 without."""
+    observed = {n: torch.tensor([True, True, i != 2]) for i, n in enumerate(NAMES)}
+    batch = pack_dense({n: torch.randn(3, EVENT).double() for n in NAMES}, observed, single=False)
+    objective, counted = build(tight=True, samples=1), Counter[bool]()
+    for name in NAMES:
+        objective.modality(name).decoder.register_forward_hook(lambda _, args, out: counted.update({out.requires_grad: len(out)}))
+    objective(batch)
+    assert counted == {True: 3 + 3 + 2, False: 9 + 9 + 4}
 
 
 @pytest.mark.parametrize(("gradient", "tight"), list(itertools.product(("iwae", "dreg"), (False, True))))
