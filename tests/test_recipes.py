@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -191,6 +191,16 @@ def test_weights_of_likelihoods_reach_every_modality_of_the_swiss_roll(objective
     built = recipe.build(manifest_of(recipe))
     expected = {"point": 20.0, "low": 30.0 if objective == "csvae" else 60.0}
     assert {name: built.modality(name).weight for name in expected} == expected
+
+
+@pytest.mark.parametrize("objective", sorted(set(get_args(Name)) - {"meme"}))
+def test_annealing_reaches_every_rival_and_less_than_no_rows_are_refused(objective: Name) -> None:
+    recipe = RECIPES["linear_gaussian"](
+        model=Model(objective=objective, latent_dim=3, private_dim=int(objective == "mmvaeplus"), anneal=640)
+    )
+    assert recipe.build(manifest_of(recipe)).anneal == 640
+    with pytest.raises(ValueError, match="anneal: expected a number of rows, 0 or more, got -1"):
+        Model(objective=objective, anneal=-1)
 
 
 @pytest.mark.parametrize("objective", ["csvae", "mmvae"])

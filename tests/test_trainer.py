@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections import deque
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from meme_dist.modalities.vector import mlp
+from meme_dist.objectives.mopoe import MoPoE
 from meme_dist.train.checkpoint import read
 from meme_dist.train.ema import decay_at
 from meme_dist.train.trainer import Report, Trainer, Training
 from meme_dist.train.training import learning_rate, trajectory
 from tests.ranks import forkserver
-from tests.trainings import SHARDED, Rows, build, mixed, shards, stream, weights
+from tests.trainings import SHARDED, SIZES, Rows, build, mixed, shards, stream, weights
 
 pytestmark = pytest.mark.repeats
 
@@ -149,6 +153,27 @@ def test_training_on_real_shards_with_missing_entries_lowers_the_loss_by_a_tenth
     training = Training(steps=60, batch_size=16, learning_rate=2e-2, log_every=1000)
     losses = [report.loss for report in Trainer(build(SHARDED), stream(sharded, batch_size=16), training)]
     assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:10]), losses
+
+
+def test_annealed_divergences_rise_over_the_rows_that_a_training_has_seen_also_after_a_resume(sharded: Path, tmp_path: Path) -> None:
+    """loss = -bound - (1 - weight) KL a row; a step's weight lies between those of its first and last row, and is 1 from step 10 on."""
+    settings = {"steps": 14, "batch_size": 16, "log_every": 1}
+    modalities = {name: mlp((SIZES[name],), latent_dim=2, hidden=(6,)) for name in SHARDED}
+
+    def run(steps: int) -> None:
+        torch.manual_seed(0)
+        objective = MoPoE(deepcopy(modalities), beta=1.0)
+        objective.anneal = 160
+        trainer = Trainer(objective, stream(sharded, batch_size=16), Training(**settings | {"steps": steps}), folder=tmp_path)
+        trainer.resume()
+        deque(trainer, maxlen=0)
+        trainer.save()
+
+    run(7)
+    run(14)
+    found = [1 + (line["loss"] + line["bound"]) / line["kl"] for line in logged(tmp_path)]
+    assert len(found) == 14 and found[10:] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert all(16 * step / 160 - 1e-4 < weight < (16 * step + 15) / 160 + 1e-4 for step, weight in enumerate(found[:10]))
 
 
 def test_a_parameter_without_a_gradient_is_named_before_other_ranks_wait_for_it() -> None:

@@ -18,6 +18,8 @@ Work = Callable[[str, Tensor | None], Sequence[Tensor]]
 Each = Callable[[Shapes, Work, Tensor | None], list[Sequence[Tensor]]]
 Private = Mapping[str, Float[Tensor, "S K B Q"]]  # Q, not P: those are packed pairs
 """Samples of each modality's own latents, for each source of shared ones."""
+Rise = Float[Tensor, " B"] | float
+"""A weight of each row, or of all."""
 
 
 def in_turn(shapes: Shapes, work: Work, shared: Tensor | None) -> list[Sequence[Tensor]]:
@@ -40,6 +42,9 @@ class Objective(nn.Module, ABC):
     modalities: nn.ModuleDict
 
     private_latents = False  # whether modalities may have latents of their own
+    anneal = 0
+    """Visits of rows during which the weight of the divergences rises, in a straight line, from 0 to what the objective gives them (KL
+    annealing: Bowman et al. 2016; published for MVAE and JMVAE). 0: it is there at once. MEME has no such weight."""
 
     def __init__(self, modalities: Mapping[str, Modality]):
         super().__init__()
@@ -70,6 +75,13 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def initialise(self, batch: Batch) -> None:
         """Set data-dependent parameters from one batch, once, before training."""
+
+    def risen(self, batch: Batch) -> Rise:
+        """min(1, visit / anneal) for each row, 1 outside of training.
+
+        A function of the row's visit as its noise is, so that ranks, micro batches and resumed runs agree and there is no state to save.
+        """
+        return (batch.draw / self.anneal).clamp(max=1) if self.anneal and self.training else 1.0
 
     def modality(self, name: str) -> Modality:
         """The modality of that name."""

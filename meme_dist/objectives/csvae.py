@@ -219,9 +219,10 @@ class CSVAE(Objective):
         kl = torch.where(held, divergence(DiagNormal(q.mean[:, : self.free], q.scale[:, : self.free]), self.standard.density()), 0.0)
         blocks = {name: self._block(name, told[name], q, z[0], held) for name in self.attributes}
         apart, terms = self._independence(batch, told, z[0, :, : self.free], held)
-        total = self.beta * kl.sum() - explained.sum() + apart
+        risen = self.risen(batch)
+        total = (self.beta * risen * kl).sum() - explained.sum() + apart
         for name, block in blocks.items():
-            total = total + self.block_weight * block.kl.sum() - block.frequency.sum()
+            total = total + (self.block_weight * risen * block.kl).sum() - block.frequency.sum()
             total = total - (self.attribute(name).weight - 1) * block.label.sum()
         return Loss(total, {**self._terms(batch, seen, explained, kl, blocks), **terms})
 

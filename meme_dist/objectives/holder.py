@@ -65,7 +65,7 @@ class Holder(Objective):
             table = self.explanations(batch, z)[:, :, 0]
         weight = torch.where(batch.observed.any(1), pool.log_weight.exp(), 0.0)
         explained, divergence = (weight[:, None] * table).sum(0), -(weight * ratio).sum(0)
-        bound = explained.sum(0) - self.beta * divergence
+        bound = explained.sum(0) - self.beta * self.risen(batch) * divergence
         through = bound + self._drawn(batch, z, weight, bound) if self.resampled else bound
         return Loss(-surrogate(bound, through).sum(), elbo_terms(batch, explained, divergence))
 

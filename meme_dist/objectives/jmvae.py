@@ -83,7 +83,7 @@ class JMVAE(Objective):
         explained = self.explanations(batch, z[None])[0, :, 0]
         kl = torch.where(observed.any(0), divergence(joint, self.standard.density()), 0.0)
         apart = torch.where(observed, divergence(self.family(joint.mean[None], joint.scale[None]), q), 0.0)
-        total = self.beta * kl.sum() + self.alpha * apart.sum() - explained.sum()
+        total = (self.risen(batch) * (self.beta * kl + self.alpha * apart.sum(0))).sum() - explained.sum()
         each, held = apart.detach().sum(1), batch.observed.sum(0).to(kl.dtype)
         parts = {f"kl/{name}": Sums(each[i], held[i]) for i, name in enumerate(batch.modalities)}
         return Loss(total, {**elbo_terms(batch, explained, kl), **parts})

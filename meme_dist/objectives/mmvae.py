@@ -42,7 +42,7 @@ from meme_dist.bounds import Weighted, drawn, importance_weighted, scale_gradien
 from meme_dist.distributions import Components, Diagonal, Mixture, Posterior, mixture_of, sample_table
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, Private
+from meme_dist.objectives.base import Objective, Private, Rise
 from meme_dist.objectives.mixture_paths import along_all, densities, drawn_apart, responsibilities
 from meme_dist.priors import Standard
 from meme_dist.types import Batch, Loss, Sums
@@ -101,14 +101,14 @@ class MMVAE(Objective):
             samples = self._followed(samples, q, batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.resampled):
             table = self.reconstructions(batch, samples.z, private=samples.private)
-        explained, ratio = table.sum(1), self._log_ratio(samples, batch)
-        log_weight = explained + self.beta * ratio
+        explained, ratio, beta = table.sum(1), self._log_ratio(samples, batch), self._beta(batch)
+        log_weight = explained + beta * ratio
         weighted = importance_weighted(log_weight, batch.observed.T, tight=self.tight)
         if self.resampled:
             through = self._resampled(batch, samples, q, weighted)
         else:
             through = (weighted.weight * log_weight).sum((0, 1))
-            self._double(samples, self._second(weighted, batch))
+            self._double(samples, self._second(weighted, batch), beta)
         through = through + self._apart(samples, q, weighted, batch)
         # The loss is a bound of the evidence at beta = 1 alone; what is reported is one at any.
         bound = importance_weighted((explained + ratio).detach(), batch.observed.T, tight=self.tight).bound
@@ -144,18 +144,22 @@ class MMVAE(Objective):
         z = samples.z + others
         return samples._replace(z=z, density=densities(z, q), others=others)
 
-    def _double(self, samples: "Samples", weight: Float[Tensor, "S K B"]) -> None:
+    def _beta(self, batch: Batch) -> Rise:
+        """The weight of log p - log q in each row's log w."""
+        return self.beta * self.risen(batch)
+
+    def _double(self, samples: "Samples", weight: Float[Tensor, "S K B"], beta: Rise) -> None:
         """The second factor of dreg, on every way in which a sample's place enters; of unbiased_dreg, on how it moves with all experts."""
-        factor = self._factor(weight)
+        factor = self._factor(weight, beta)
         if self.gradient == "dreg":
             scale_gradient(samples.z, factor[..., None])
             scale_gradient(samples.density, factor[:, None])
         if samples.others is not None:
             scale_gradient(samples.others, (factor - 1)[..., None])
 
-    def _factor(self, weight: Float[Tensor, "S K B"]) -> Float[Tensor, "S K B"]:
+    def _factor(self, weight: Float[Tensor, "S K B"], beta: Rise) -> Float[Tensor, "S K B"]:
         """1 - beta (1 - w): log q counts beta times in log w, and so does its score. At beta = 1 the weight itself, to the bit."""
-        return (1 - self.beta) + self.beta * weight
+        return (1 - beta) + beta * weight
 
     def _apart(self, samples: "Samples", q: Diagonal, weighted: Weighted, batch: Batch) -> Float[Tensor, " B"]:
         """What unbiased_dreg adds because a sample comes from one expert, not from the mixture; its value means nothing."""
@@ -164,22 +168,22 @@ class MMVAE(Objective):
         observed = batch.observed.T
         even = observed.to(weighted.weight.dtype) / (observed.sum(0).clamp(min=1) * self.samples)
         share = responsibilities(samples.density, observed)
-        return drawn_apart(samples.z.detach(), samples.source, q, share, -self.beta * (weighted.weight - even[:, None]))
+        return drawn_apart(samples.z.detach(), samples.source, q, share, -self._beta(batch) * (weighted.weight - even[:, None]))
 
     def _resampled(self, batch: Batch, samples: "Samples", q: Diagonal, weighted: Weighted) -> Float[Tensor, " B"]:
         """log w of one sample of each modality (averaged), or of one of all: its gradient is that of the bound, in expectation."""
-        index, second = drawn(weighted, self._uniform(batch)), self._second(weighted, batch)
+        index, second, beta = drawn(weighted, self._uniform(batch)), self._second(weighted, batch), self._beta(batch)
         if self.tight:
             chosen, second = _merged(samples).at(index), second.flatten(0, 1)[None].gather(1, index[:, None])
             chosen = self._followed(chosen, q, batch)
-            self._double(chosen, second)
+            self._double(chosen, second, beta)
             explained = self.explanations(batch, chosen.z, private=chosen.private).sum(1)
-            log_weight = explained + self.beta * self._log_ratio(chosen, batch)
+            log_weight = explained + beta * self._log_ratio(chosen, batch)
             return torch.where(batch.observed.any(1), log_weight[0, 0], 0.0)
         chosen, second = self._followed(samples.at(index), q, batch), second.gather(1, index[:, None])
-        self._double(chosen, second)
+        self._double(chosen, second, beta)
         explained = self.reconstructions(batch, chosen.z, private=chosen.private).sum(1)
-        log_weight, observed = explained + self.beta * self._log_ratio(chosen, batch), batch.observed.T
+        log_weight, observed = explained + beta * self._log_ratio(chosen, batch), batch.observed.T
         return torch.where(observed, log_weight[:, 0], 0.0).sum(0) / observed.sum(0).clamp(min=1)
 
     def _uniform(self, batch: Batch) -> Float[Tensor, "G B"]:

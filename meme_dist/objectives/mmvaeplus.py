@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meme_dist.bounds import scale_gradient
 from meme_dist.distributions import Diagonal
 from meme_dist.modality import Modality
-from meme_dist.objectives.base import Private
+from meme_dist.objectives.base import Private, Rise
 from meme_dist.objectives.mmvae import MMVAE, Gradient, Samples
 from meme_dist.priors import Standard
 from meme_dist.types import Batch
@@ -61,11 +61,11 @@ class MMVAEPlus(MMVAE):
         apart = {name: own.view_as(own) for name, own in samples.items()}  # nodes of their own, as z: dreg weighs the ratio by itself
         return apart, torch.stack(ratios)
 
-    def _double(self, samples: Samples, weight: Tensor) -> None:
-        super()._double(samples, weight)
+    def _double(self, samples: Samples, weight: Tensor, beta: Rise) -> None:
+        super()._double(samples, weight, beta)
         if self.gradient == "iwae":
             return
-        weight = self._factor(weight)  # own latents come from the very density whose score is dropped: no other expert is involved
+        weight = self._factor(weight, beta)  # own latents come from the very density whose score is dropped: no other expert is involved
         scale_gradient(samples.ratio, weight)
         for j, private in enumerate(samples.private.values()):  # draws of r_j are not reparameterised posteriors: theirs stays as it is
             scale_gradient(private, torch.where(samples.source == j, weight, 1.0)[..., None])

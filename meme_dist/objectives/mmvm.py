@@ -12,7 +12,6 @@ What is bounded is not log p(x) but sum_i log of the integral of p_i(x_i | z) h(
 modality is its own prior, D_i = 0: rows of one modality train a plain auto-encoder then, and give p(z) no meaning.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from meme_dist.distributions import Components, Diagonal, Posterior, divergence, even_mixture, mixture_of, sample_table
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective
+from meme_dist.objectives.base import Objective, Rise
 from meme_dist.priors import Standard
 from meme_dist.types import Batch, Loss, Sums
 
@@ -32,7 +31,8 @@ class MMVM(Objective):
     """VAEs of N >= 2 modalities under a mixture-of-experts prior, for any non-empty pattern of present modalities.
 
     `divergence`: pairs (published code), or mixture (the paper's formula).
-    `alpha`: weight of the standard density in the prior. The authors' code ends at 0, to which it falls from 1 over 300,000 steps.
+    `alpha`: weight of the standard density in the prior. The authors' code ends at 0, to which it falls from 1 over 300,000 steps; with
+      `anneal` it falls from 1 so too, and the divergences count in full from the start.
     `beta`: weight of the divergences (published: 1; the paper's experiments go from .25 to 4).
     """
 
@@ -67,21 +67,23 @@ class MMVM(Objective):
         q, observed = self.posteriors(batch), batch.observed.T
         z, density = sample_table(q, observed, Noise(batch.seed, batch.draw), list(batch.modalities), 1)
         own = self.reconstructions(batch, z, cross=False).diagonal(dim1=0, dim2=1)[0].T
-        apart = self._pairs(q, observed) if self.divergence == "pairs" else self._sampled(z, density, observed)
+        alpha = 1 - (1 - self.alpha) * self.risen(batch)
+        apart = self._pairs(q, observed, alpha) if self.divergence == "pairs" else self._sampled(z, density, observed, alpha)
         kl = torch.where(observed, apart, 0.0)
         return Loss(self.beta * kl.sum() - own.sum(), self._terms(batch, own.detach(), kl.detach()))
 
-    def _pairs(self, q: Diagonal, observed: Bool[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+    def _pairs(self, q: Diagonal, observed: Bool[Tensor, "N B"], alpha: Rise) -> Float[Tensor, "N B"]:
         table = divergence(type(q)(q.mean[:, None], q.scale[:, None]), type(q)(q.mean[None], q.scale[None]))
         mean = torch.where(observed, table, 0.0).sum(1) / observed.sum(0).clamp(min=1)
-        return (1 - self.alpha) * mean + self.alpha * divergence(q, self.standard.density())
+        return (1 - alpha) * mean + alpha * divergence(q, self.standard.density())
 
     def _sampled(
-        self, z: Float[Tensor, "N 1 B D"], density: Float[Tensor, "N N 1 B"], observed: Bool[Tensor, "N B"]
+        self, z: Float[Tensor, "N 1 B D"], density: Float[Tensor, "N N 1 B"], observed: Bool[Tensor, "N B"], alpha: Rise
     ) -> Float[Tensor, "N B"]:
         mixture = mixture_of(density.transpose(0, 1), observed[:, None, None])[:, 0]
         standard = self.standard.density().log_prob(z)[:, 0]
-        mixture = torch.logaddexp(mixture + _log(1 - self.alpha), standard + _log(self.alpha))
+        weight = mixture.new_zeros(()) + alpha  # whose logarithm may be -inf, which a number's may not
+        mixture = torch.logaddexp(mixture + (1 - weight).log(), standard + weight.log())
         return density.diagonal(dim1=0, dim2=1)[0].T - mixture
 
     def _terms(self, batch: Batch, own: Float[Tensor, "N B"], kl: Float[Tensor, "N B"]) -> Mapping[str, Sums]:
@@ -90,7 +92,3 @@ class MMVM(Objective):
         for i, name in enumerate(batch.modalities):
             terms |= {f"reconstruction/{name}": Sums(own[i].sum(), held[i]), f"kl/{name}": Sums(kl[i].sum(), held[i])}
         return terms
-
-
-def _log(weight: float) -> float:
-    return math.log(weight) if weight else -math.inf

@@ -90,7 +90,7 @@ class MoPoE(Objective):
         first = DiagNormal(products.mean[:1], products.scale[:1])
         z = first.reparameterise(Noise(batch.seed, batch.draw), "joint", 1)
         explained = self.explanations(batch, z[None])[0, :, 0]
-        return Loss(self.beta * kl.sum() - explained.sum(), elbo_terms(batch, explained, kl))
+        return Loss((self.beta * self.risen(batch) * kl).sum() - explained.sum(), elbo_terms(batch, explained, kl))
 
     def _over_all(self, experts: Diagonal, batch: Batch) -> Float[Tensor, " B"]:
         """The mean of KL(q_A || N(0, I)) over every subset A of what a row observes."""

@@ -7,7 +7,7 @@
 with A_k random subsets of what the row observes: without the smaller terms the single posteriors are never trained.
 
 Differences from published code: subsets are uniform over the non-empty ones of each row's own modalities and drawn row by row, while the
-authors draw a size, then a subset of it (of 2 to N - 1 modalities) for the whole batch. KL annealing is not part of this file.
+authors draw a size, then a subset of it (of 2 to N - 1 modalities) for the whole batch.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ class MVAE(Objective):
         targets = [names, *[[name] for name in names], *[names] * self.subsets]
         table = self.explanations(batch, z[:, None], targets)[:, :, 0]
         explained = torch.where(sources, table, 0.0)
-        return Loss(self.beta * kl.sum() - explained.sum(), self._terms(batch, explained, kl))
+        return Loss((self.beta * self.risen(batch) * kl).sum() - explained.sum(), self._terms(batch, explained, kl))
 
     def _sources(self, batch: Batch) -> Bool[Tensor, "S N B"]:
         """What each ELBO is about: everything, each modality alone, random subsets."""

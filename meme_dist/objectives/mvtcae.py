@@ -56,8 +56,8 @@ class MVTCAE(Objective):
         z = joint.reparameterise(Noise(batch.seed, batch.draw), "joint", 1)
         explained = self.explanations(batch, z[None])[0, :, 0]
         share = self.alpha / len(self.modalities)
-        divergences = (1 - self.alpha) * to_prior.sum() + share * to_experts.sum()
+        divergences = (1 - self.alpha) * to_prior + share * to_experts[0].sum(0)
         experts, held = to_experts[0].detach().sum(1), batch.observed.sum(0).to(explained.dtype)
         parts = {f"kl/{name}": Sums(experts[i], held[i]) for i, name in enumerate(batch.modalities)}
         terms = {**elbo_terms(batch, explained, torch.where(batch.observed.any(1), to_prior, 0.0)), **parts}
-        return Loss(self.beta * divergences - (1 - share) * explained.sum(), terms)
+        return Loss((self.beta * self.risen(batch) * divergences).sum() - (1 - share) * explained.sum(), terms)

@@ -91,6 +91,9 @@ class Model:
     """Differentiate one sample drawn by weight instead of all: the same in expectation, for less than half (mmvae, mmvaeplus, holder)."""
     beta: float | None = None
     """Weight of the divergences (all but meme); by default what was published: 1, or 2.5 for mopoe and mvtcae."""
+    anneal: int = 0
+    """Rows seen until the divergences have that weight, to which it rises from 0 in a straight line (KL annealing); with mmvm, alpha falls
+    from 1 instead. 0: from the start (all but meme)."""
     alpha: float | None = None
     """mvtcae: share of the total correlation (.9); jmvae: weight of the single encoders (.1); mmvm: of the standard prior (0)."""
     subsets: int | None = None
@@ -117,6 +120,8 @@ class Model:
             raise ValueError(f"private_dim: expected 0 to {self.latent_dim - 1} of latent_dim {self.latent_dim}, got {self.private_dim}")
         if self.objective == "csvae" and self.posterior != "normal":
             raise ValueError(f"csvae: the latents of labels are Normal, and all have to be; take --posterior normal, got {self.posterior}")
+        if self.anneal < 0:
+            raise ValueError(f"anneal: expected a number of rows, 0 or more, got {self.anneal}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share from 0 to below 1, got {self.dropout}")
         if not self.likelihood_weight > 0:
@@ -139,6 +144,12 @@ class Model:
             modality.private_dim = self.private_dim
             modality.dropout = 0.0 if isinstance(modality, Attribute) else self.dropout
             modality.to_scale = softmax_scale if self.scales == "softmax" else softplus_scale
+        objective = self._over(modalities)
+        if not isinstance(objective, MEME):  # which has no weight that could rise
+            objective.anneal = self.anneal
+        return objective
+
+    def _over(self, modalities: Mapping[str, Modality]) -> Objective:
         match self.objective:
             case "meme":
                 return self._meme(modalities)

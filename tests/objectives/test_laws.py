@@ -101,6 +101,10 @@ TABLE: dict[str, dict[str, Case]] = {
 }
 
 
+RISING = dict.fromkeys(TABLE, ("beta",)) | {"JMVAE": ("beta", "alpha"), "MMVM": ("alpha",), "CSVAE": ("beta", "block_weight")}
+"""What `anneal` lets rise; MMVM's alpha falls from 1."""
+
+
 def objectives() -> dict[str, type[Objective]]:
     """Every objective of the package that can be built, by name."""
     for module in pkgutil.iter_modules(meme_dist.objectives.__path__):
@@ -257,6 +261,36 @@ def test_nothing_is_hidden_in_evaluation(kind: Any, case: Case) -> None:
     for modality in objective.modalities.values():
         modality.dropout = 0.0
     assert torch.equal(evaluation, objective.train()(batch).total) and not torch.isclose(training, evaluation, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "case"), [case for case in CASES if not case.id.startswith("MEME-")])
+def test_annealing_weighs_the_divergences_of_each_row_by_its_visits_so_far(kind: Any, case: Case) -> None:
+    """A batch annealed over 8 visits is the sum of its rows with settings that are multiplied by min(1, visit / 8) by hand."""
+    objective, (x, observed) = build(kind, case), all_patterns(14)
+    visits = [0, 3, 10, 5, 40, 9, 1, 7, 2, 11, 8, 4, 6, 12]
+    objective.anneal = 8
+    annealed = gradient(objective, pack_dense(x, observed, draw=visits))
+    objective.anneal, weights = 0, {name: getattr(objective, name) for name in RISING[kind.__name__]}
+    totals, gradients = [], []
+    for row, visit in enumerate(visits):
+        for name, value in weights.items():
+            risen = min(1.0, visit / 8)
+            setattr(objective, name, 1 - (1 - value) * risen if kind.__name__ == "MMVM" else value * risen)
+        one = pack_dense({n: v[[row]] for n, v in x.items()}, {n: m[[row]] for n, m in observed.items()}, draw=[visit])
+        total, slope = gradient(objective, one)
+        totals.append(total)
+        gradients.append(slope)
+    torch.testing.assert_close(annealed[0], torch.stack(totals).sum(), rtol=1e-8, atol=1e-8)  # the weight itself is float32
+    torch.testing.assert_close(annealed[1], torch.stack(gradients).sum(0), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "case"), [case for case in FIRST if case.id != "MEME"])
+def test_nothing_is_annealed_in_evaluation(kind: Any, case: Case) -> None:
+    objective, (x, observed) = build(kind, case), all_patterns()
+    batch = pack_dense(x, observed)
+    plain = objective.eval()(batch).total
+    objective.anneal = 1000
+    assert torch.equal(objective(batch).total, plain) and not torch.isclose(objective.train()(batch).total, plain, rtol=1e-4)
 
 
 def test_each_modality_hides_features_of_its_own() -> None:
