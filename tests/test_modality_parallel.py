@@ -148,6 +148,11 @@ def test_three_members_the_sampled_ratio_and_the_full_gradient_give_the_gradient
     assert_none(run_ranks(differences, 3, 1, "abc", cases, [mixed("abc", BATCH)]), 3, "abc")
 
 
+def test_drawn_targets_give_two_ranks_the_gradients_of_one_process() -> None:
+    cases = [{"samples": 1, "targets": count} for count in (1, 2)]
+    assert_none(run_ranks(differences, 2, 1, FOUR, cases, [mixed(FOUR, BATCH), np.ones((BATCH, 4), dtype=bool)]), 2, FOUR)
+
+
 def trained(
     rank: int, world: int, groups: int, steps: int, clip: float
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
@@ -390,11 +395,14 @@ def test_equal_sizes_and_sizes_of_nothing_are_spread_evenly_and_too_many_members
 SMALL = {"rows": 16, "samples": 3, "latent": 4, "hidden": 8}
 
 
-def counted(rank: int, world: int, groups: int, numbers: Sequence[int], observed: float) -> list[tuple[float, float, int, int]]:
+def counted(
+    rank: int, world: int, groups: int, numbers: Sequence[int], observed: float, targets: int | None = None
+) -> list[tuple[float, float, int, int]]:
     """For each N and estimator what this rank sends in one step: bytes counted and by formula, collectives likewise."""
     found = []
     for number, estimator in itertools.product(numbers, ESTIMATORS):
-        objective = benchmark.objective_of(number, estimator, SMALL)
+        objective = benchmark.objective_of(number, estimator, SMALL if targets is None else SMALL | {"samples": 1})
+        objective.targets = targets
         placed = ModalityParallel(objective, grid(groups, world // groups))
         batch = benchmark.batch_of(number, np.arange(SMALL["rows"]), observed=observed)
         with Counted() as seen:
@@ -406,9 +414,13 @@ def counted(rank: int, world: int, groups: int, numbers: Sequence[int], observed
     return found
 
 
-@pytest.mark.parametrize(("world", "groups", "observed"), [(2, 1, 1.0), (4, 1, 1.0), (4, 2, 0.5)])
-def test_bytes_counted_on_every_rank_are_those_of_the_formula_at_4_8_and_16_modalities(world: int, groups: int, observed: float) -> None:
-    for rank in run_ranks(counted, world, groups, (4, 8, 16), observed):
+@pytest.mark.parametrize(
+    ("world", "groups", "observed", "targets"), [(2, 1, 1.0, None), (4, 1, 1.0, None), (4, 2, 0.5, None), (2, 1, 0.5, 2)]
+)
+def test_bytes_counted_on_every_rank_are_those_of_the_formula_at_4_8_and_16_modalities(
+    world: int, groups: int, observed: float, targets: int | None
+) -> None:
+    for rank in run_ranks(counted, world, groups, (4, 8, 16), observed, targets):
         for sent, told, _, unexplained in rank:
             assert sent == pytest.approx(told, rel=1e-12) and unexplained == 0
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from meme_dist.distributions import (
@@ -39,7 +39,7 @@ from meme_dist.distributions import (
 )
 from meme_dist.modality import Encoding, Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.base import Objective, Private, by_place, pairs
+from meme_dist.objectives.base import Objective, Private, by_place, explanation_table, pairs
 from meme_dist.priors import PseudoInputs, join
 from meme_dist.types import Batch, Loss, Sums
 
@@ -68,6 +68,9 @@ class MEME(Objective):
     `shared=False` is the ablation of weight sharing (section 3.2): each modality has a second encoder r_j that is p(z | x_j), for targets,
       pseudo-inputs and `infer`, and q_j only leads. It begins as a copy.
     `stop_gradient=False` keeps the gradient of w (the full estimator, eq. 7); not defined for `resampled`.
+    `targets`: how many of the other modalities a source explains in one step, others in each row and visit; None: all. One sample (w = 1)
+      is then all there may be, since L_i is linear in t there: with m of |T| targets t is estimated by (|T| / m) sum of theirs, without
+      bias, and a row of n modalities costs n (1 + m) decodings instead of n^2. `bound`, in which t cancels, does not depend on it.
     """
 
     private_latents = True
@@ -85,13 +88,18 @@ class MEME(Objective):
         log_ratio: LogRatio = "closed_form",
         stop_gradient: bool = True,
         shared: bool = True,
+        targets: int | None = None,
     ):
         super().__init__(modalities)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if estimator == "resampled" and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
-        self.samples, self.cross_weight, self.pseudo_inputs = samples, cross_weight, pseudo_inputs
+        if targets is not None and (targets < 1 or samples > 1):
+            raise ValueError(
+                f"targets: expected at least 1, with one sample (the weights of several need all targets), got {targets} with {samples}"
+            )
+        self.samples, self.cross_weight, self.pseudo_inputs, self.targets = samples, cross_weight, pseudo_inputs, targets
         self.estimator: Estimator = estimator if samples > 1 else "rao_blackwell"
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
         self.inference: Combination = inference or combination
@@ -193,8 +201,26 @@ class MEME(Objective):
         return [self.family(mean[:, : self.latent_dim], scale[:, : self.latent_dim]) for mean, scale in encoded]
 
     def _rao_blackwell(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
-        table = self.reconstructions(batch, z, private=private)
+        count = self.targets
+        table = self.reconstructions(batch, z, private=private) if count is None else self._drawn(batch, z, private, count)
         return _Decoded(_own(table), table)
+
+    def _drawn(self, batch: Batch, z: Float[Tensor, "N 1 B D"], private: Private, count: int) -> Float[Tensor, "N N 1 B"]:
+        """The table with `count` targets of each source, weighted so that the whole one is its mean; 0 elsewhere off the diagonal."""
+        rows, held = len(batch.observed), batch.observed.sum(1)
+        source, there = _sources(batch, count)
+        asked = {}
+        for j, (name, packed) in enumerate(batch.modalities.items()):
+            real = packed.row < rows
+            row = torch.where(real, packed.row, 0)
+            own, theirs = j * rows + row, source[:, j, row] * rows + row
+            place = torch.where(torch.cat([real[None], real & there[:, row]]), torch.cat([own[None], theirs]), len(z) * rows)
+            asked[name] = place.flatten(), torch.arange(len(row), device=row.device).repeat(1 + count)
+        modalities = {name: self.modality(name) for name in batch.modalities}
+        table = explanation_table(modalities, batch, z, asked, each=self.each, private=private)
+        weight = (held - 1).clamp(min=1) / (held - 1).clamp(min=1, max=count)
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)[..., None, None]
+        return torch.where(own, table, weight * table)
 
     def _released(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
         cross = self.reconstructions(batch, z, own=False, private=private)
@@ -258,6 +284,24 @@ def _pair_divergence(q: Diagonal, prior: Diagonal, observed: Bool[Tensor, "B N"]
 def _for_samples(density: Diagonal) -> Diagonal:
     """[..., B, D] -> [..., 1, B, D], to be asked about K samples."""
     return type(density)(density.mean.unsqueeze(-3), density.scale.unsqueeze(-3))
+
+
+def _sources(batch: Batch, count: int) -> tuple[Int[Tensor, "count N B"], Bool[Tensor, "count B"]]:
+    """Which of a row's other modalities explain each that it holds, and whether there are so many.
+
+    Its n modalities in the order of their names stand in a circle, in which each explains those `s` to `s + count - 1` places on, past
+    itself: s is uniform on 1 to n - 1, so that each pair is as likely, and every decoder has `count` sources a row.
+    """
+    names, held = sorted(batch.modalities), batch.observed.sum(1)
+    ranks = [names.index(name) for name in batch.modalities]
+    key = torch.stack([torch.where(batch.observed[:, n], rank, rank + len(names)) for n, rank in enumerate(ranks)], 1)
+    circle = key.argsort(1)  # what a row holds, first
+    others = (held - 1).clamp(min=1)
+    uniform = Noise(batch.seed, batch.draw).uniform("targets", 1, 1)[0, :, 0]
+    step = torch.arange(count, device=held.device)[:, None]
+    shift = 1 + ((uniform * others).ceil().long() - 1 + step) % others  # [count, B]
+    place = (circle.argsort(1) - shift[..., None]) % held.clamp(min=1)[:, None]
+    return circle.expand(count, -1, -1).gather(2, place).mT, step < held - 1
 
 
 def _own(table: Float[Tensor, "N N K B"]) -> Float[Tensor, "N K B"]:

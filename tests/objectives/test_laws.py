@@ -69,6 +69,7 @@ TABLE: dict[str, dict[str, Case]] = {
     "MEME": {
         "resampled": Case({"pseudo_inputs": 2, "samples": 3}, evidence=_directions, families=BOTH),  # tight: see test_meme.py
         "sampled": Case({"pseudo_inputs": 2, "samples": 3, "log_ratio": "sampled", "estimator": "rao_blackwell"}, evidence=_directions),
+        "drawn": Case({"pseudo_inputs": 2, "samples": 1, "log_ratio": "sampled", "targets": 1}, evidence=_directions, families=BOTH),
     },
     "MMVAE": {
         "looser": Case({"samples": 3}, "alone", families=BOTH),

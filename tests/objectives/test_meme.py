@@ -15,7 +15,7 @@ from meme_dist.distributions import DiagLaplace, DiagNormal
 from meme_dist.likelihoods import Normal
 from meme_dist.modality import Modality
 from meme_dist.noise import Noise
-from meme_dist.objectives.meme import MEME
+from meme_dist.objectives.meme import MEME, _sources
 from meme_dist.pooled import Pooled
 from meme_dist.types import pack, pack_dense
 
@@ -492,6 +492,62 @@ def test_one_sample_is_decoded_once_whichever_estimator_and_gives_the_formula_to
     value.backward()
     want = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in objective.parameters()])
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def shifted(monkeypatch, batch, objective, number, count):
+    """Total, gradient and bound where the first source of each target stands `number` of `count` places before it."""
+    draw = Noise.uniform
+
+    def fixed(self, purpose, *size):
+        return torch.full_like(draw(self, purpose, *size), number / count) if purpose == "targets" else draw(self, purpose, *size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Noise, "uniform", fixed)
+        slope = gradient(objective, batch)
+        loss = objective(batch)
+    return loss.total.detach(), slope, loss.terms["bound"].total
+
+
+@pytest.mark.parametrize("targets", [1, 2, 3])
+@pytest.mark.parametrize("observed", [[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0]])
+def test_drawn_targets_give_loss_and_gradient_of_all_on_average_over_the_draws(monkeypatch, targets, observed):
+    """Exactly: over the n - 1 places at which a row's circle of sources may begin. The bound, in which they cancel, does not see them."""
+    objective, held = network_objective(4, samples=1, targets=targets), sum(observed)
+    batch = replicate({f"m{i}": torch.randn(EVENT).double() for i in range(4)}, observed, 6)
+    places = max(held - 1, 1)
+    found = [shifted(monkeypatch, batch, objective, s, places) for s in range(1, places + 1)]
+    objective.targets = None
+    want, slope = objective(batch), gradient(objective, batch)
+    torch.testing.assert_close(torch.stack([total for total, _, _ in found]).mean(), want.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.stack([grad for _, grad, _ in found]).mean(0), slope, rtol=1e-5, atol=1e-5)
+    for total, _, bound in found:
+        torch.testing.assert_close(bound, want.terms["bound"].total, rtol=1e-9, atol=1e-9)
+        assert torch.isclose(total, want.total, rtol=1e-6) == (targets >= held - 1)
+
+
+def test_drawn_targets_are_as_likely_each_and_every_decoder_has_so_many_sources_a_row():
+    counted = Counter()
+    objective = network_objective(4, samples=1, targets=2)
+    masks = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0]] * 500, dtype=bool)
+    for m in objective.modalities.values():
+        m.decoder.register_forward_hook(lambda _, args, out: counted.update(rows=len(out)))
+    batch = pack({f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(4)}, masks)
+    objective(batch)
+    assert 3 * masks.sum() <= counted["rows"] <= 1.1 * 3 * masks.sum()
+    source, there = _sources(batch, 2)
+    assert there.sum(0).tolist() == [2, 2, 1, 0] * 500
+    for pattern, held in enumerate(([0, 1, 2, 3], [0, 1, 3], [0, 3])):
+        for target in held:
+            rows = source[:, target, pattern::4][there[:, pattern::4]].tolist()
+            assert set(rows) == set(held) - {target}
+            share = np.bincount(rows, minlength=4)[[i for i in held if i != target]] / 500
+            assert np.allclose(share, min(2, len(held) - 1) / (len(held) - 1), atol=0.1)
+
+
+@pytest.mark.parametrize("targets, samples", [(0, 1), (1, 2)])
+def test_drawn_targets_need_one_sample_and_at_least_one_of_them(targets, samples):
+    with pytest.raises(ValueError, match=f"targets: expected at least 1, with one sample .* got {targets} with {samples}"):
+        network_objective(3, samples=samples, targets=targets)
 
 
 def test_resampling_refuses_a_gradient_that_it_does_not_have():
