@@ -16,6 +16,7 @@ from benchmarks import (
     scaling,
     step,
     stream,
+    targets,
 )
 
 MAINS = {
@@ -28,6 +29,7 @@ MAINS = {
     "faults": faults.main,
     "references": references.main,
     "peers": peers.main,
+    "targets": targets.main,
     "attributes": attributes.main,
     "graphs": graphs.main,
     "contrastive": contrastive.main,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, digits, scaling
+from benchmarks import breakdown, digits, scaling, targets
 from benchmarks.breakdown import length, minus, union
 from benchmarks.network import Compute, Network, all_reduce, line_through, ring, step
 from benchmarks.ranks import run_ranks, sent_bytes
@@ -124,6 +124,13 @@ def test_decoders_see_equally_many_rows_whatever_the_number_of_modalities() -> N
             lambda model=model, batch=batch: model(batch).total.backward(), {n: model.modality(n) for n in batch.modalities}
         )
     assert {(w["encoder_rows"], w["decoder_rows"]) for w in work.values()} == {(128, 128 * 11 + 256)}
+
+
+def test_decodings_of_complete_rows_grow_with_the_square_of_the_modalities_or_in_a_line_where_targets_are_drawn() -> None:
+    found = {(row["form"], row["modalities"]): row["decoder_rows"] for number in (3, 5) for row in targets.measured(number, (1, 2), 4, 1)}
+    expected = {("meme", n): 4 * n * n for n in (3, 5)} | {(name, n): 4 * n for name in ("mopoe", "mvtcae") for n in (3, 5)}
+    drawn = {("meme, 1 drawn", 3): 4 * 3 * 2, ("meme, 1 drawn", 5): 4 * 5 * 2, ("meme, 2 drawn", 5): 4 * 5 * 3}
+    assert found == expected | drawn
 
 
 # ---- ranks ------------------------------------------------------------------------------------------------------------------------------
