@@ -78,13 +78,13 @@ def signal_to_noise(objective: MEME, batch: Batch, *, draws: int, samples: Seque
 
     Networks whose gradient is the same in all draws, as where nothing reaches them, or not finite, have no ratio and are left out.
 
-    The estimator is `rao_blackwell` throughout, where nothing but the posterior samples is drawn. The objective's own settings, and the
+    The estimator is `rao_blackwell` throughout, over all targets, where nothing but the posterior samples is drawn. The objective's own settings, and the
     gradients that it holds, are afterwards what they were. Networks run in the mode that the objective is in.
     """
     found = []
     for number in samples:
         for stop in (True, False):
-            with _set(objective, samples=number, stop_gradient=stop, estimator="rao_blackwell"):
+            with _set(objective, samples=number, stop_gradient=stop, estimator="rao_blackwell", targets=None):
                 made = ratios(_gradient(objective, batch, draw) for draw in range(draws))
             known = {name: ratio for name, ratio in made.items() if all(map(math.isfinite, ratio))}
             found += [{"samples": number, "stop_gradient": stop, "network": name, **ratio._asdict()} for name, ratio in known.items()]

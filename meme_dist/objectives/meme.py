@@ -202,10 +202,10 @@ class MEME(Objective):
 
     def _rao_blackwell(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
         count = self.targets
-        table = self.reconstructions(batch, z, private=private) if count is None else self._drawn(batch, z, private, count)
+        table = self.reconstructions(batch, z, private=private) if count is None else self._drawn_targets(batch, z, private, count)
         return _Decoded(_own(table), table)
 
-    def _drawn(self, batch: Batch, z: Float[Tensor, "N 1 B D"], private: Private, count: int) -> Float[Tensor, "N N 1 B"]:
+    def _drawn_targets(self, batch: Batch, z: Float[Tensor, "N 1 B D"], private: Private, count: int) -> Float[Tensor, "N N 1 B"]:
         """The table with `count` targets of each source, weighted so that the whole one is its mean; 0 elsewhere off the diagonal."""
         rows, held = len(batch.observed), batch.observed.sum(1)
         source, there = _sources(batch, count)
