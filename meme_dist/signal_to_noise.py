@@ -78,8 +78,8 @@ def signal_to_noise(objective: MEME, batch: Batch, *, draws: int, samples: Seque
 
     Networks whose gradient is the same in all draws, as where nothing reaches them, or not finite, have no ratio and are left out.
 
-    The estimator is `rao_blackwell` over all targets throughout, where nothing but the posterior samples is drawn. Settings of the objective, and the
-    gradients that it holds, are afterwards what they were. Networks run in the mode that the objective is in.
+    The estimator is `rao_blackwell` over all targets throughout, where nothing but the posterior samples is drawn. The objective's own
+    settings, and the gradients that it holds, are afterwards what they were. Networks run in the mode that the objective is in.
     """
     found = []
     for number in samples:
