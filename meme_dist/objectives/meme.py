@@ -97,7 +97,7 @@ class MEME(Objective):
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
         if targets is not None and (targets < 1 or samples > 1):
             raise ValueError(
-                f"targets: expected at least 1, with one sample (the weights of several need all targets), got {targets} with {samples}"
+                f"targets: expected at least 1, and samples=1 (the weights of several need all targets), got {targets} with {samples}"
             )
         self.samples, self.cross_weight, self.pseudo_inputs, self.targets = samples, cross_weight, pseudo_inputs, targets
         self.estimator: Estimator = estimator if samples > 1 else "rao_blackwell"

@@ -546,7 +546,7 @@ def test_drawn_targets_are_as_likely_each_and_every_decoder_has_so_many_sources_
 
 @pytest.mark.parametrize("targets, samples", [(0, 1), (1, 2)])
 def test_drawn_targets_need_one_sample_and_at_least_one_of_them(targets, samples):
-    with pytest.raises(ValueError, match=f"targets: expected at least 1, with one sample .* got {targets} with {samples}"):
+    with pytest.raises(ValueError, match=f"targets: expected at least 1, and samples=1 .* got {targets} with {samples}"):
         network_objective(3, samples=samples, targets=targets)
 
 
