@@ -193,6 +193,15 @@ def test_a_split_that_the_rows_do_not_have_is_refused_before_anything_is_trained
     assert not list(tmp_path.iterdir())
 
 
+PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
+def test_the_published_comparisons_can_be_run_and_name_every_run_apart(file: Path) -> None:
+    found = cells.load(file).cells()
+    assert len(found) > 1 and len({cell.name for cell in found}) == len(found)
+
+
 def test_cells_are_every_combination_once_and_the_plan_in_a_file_is_the_plan(tmp_path: Path) -> None:
     plan = plan_of("--models", "meme", "few=meme:samples=1", "--vary", "missing=0,.5", "event=3,4,5", "--seeds", "4", "7")
     found = plan.cells()
