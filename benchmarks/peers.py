@@ -10,8 +10,8 @@ modules stand in for them. Forms:
 multivae            the class as it is, its masks dense and its rows zero-filled
 meme_dist           the objective with its defaults (MMVAE and MMVAE+ differentiate one drawn sample a modality); also others
 meme_dist, all K    MMVAE and MMVAE+ that differentiate all K samples, as MultiVae's do: the same computation
-..., as trained     on a CPU: the same step as `meme-dist train` makes it, with the fused form of Adam; the forms before, and MultiVae's own
-                    trainer, have PyTorch's default, which goes tensor by tensor
+..., as trained     on a CPU: passes and optimiser of `meme-dist train`, which takes the fused form of Adam; the forms before, and that of
+                    MultiVae's own trainer, have PyTorch's default, which goes tensor by tensor
 ..., recorded       on a GPU: as trained there, both passes replayed as one CUDA graph (`engines/captured.py`)
 """
 

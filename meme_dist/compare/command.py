@@ -127,13 +127,13 @@ def ablate(recipe: str, arguments: Mapping[str, Any], asked: Ablation, *, consol
 
 
 def parts_of_meme(base: Mapping[str, Any]) -> list[str]:
-    """The parts of MEME that its paper, or its code, could do without, one after the other."""
+    """The parts of MEME that its paper, or its code, could do without, one after the other; weights of one sample are none."""
+    weights = ["weights' gradient kept:stop_gradient=false,estimator=rao_blackwell", "estimator=released,rao_blackwell,resampled"]
     return [
         "pseudo_inputs=1,10,100",
-        "weights' gradient kept:stop_gradient=false,estimator=rao_blackwell",
         "samples=1,5,11,30",
         "cross_weight=1,10",
-        "estimator=released,rao_blackwell,resampled",
+        *(weights if base["samples"] > 1 else []),
         "combination=mixture,product,product_with_standard",
         "log_ratio=closed_form,sampled",
         f"private_dim=0,{max(1, base['latent_dim'] // 4)}",

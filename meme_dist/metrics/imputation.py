@@ -83,8 +83,10 @@ def imputation(sources: Sequence[Sources], *, rows: int, draws: int = 39) -> Met
                     continue
                 counted = held & holds(batch, chosen)
                 if chosen not in latents and bool(counted.any()):
-                    latents[chosen] = objective.infer(batch.only(*chosen)).sample(noise_of(batch), f"imputation/{joined(chosen)}", draws)
-                values = _from_latents(objective, batch, target, latents.get(chosen), counted, [s[:, counted[held]] for s in standards])
+                    z = objective.infer(batch.only(*chosen)).sample(noise_of(batch), f"imputation/{joined(chosen)}", draws)
+                    latents[chosen] = z[:, wanted]  # of the rows that are asked for alone: there are as many of these as source sets
+                z = latents[chosen][:, counted[wanted]] if bool(counted.any()) else None
+                values = _from_latents(objective, batch, target, z, counted, standards, counted[held])
                 for quantity in quantities(objective, target):
                     key = imputation_key(pattern_of(chosen, len(names)), target, quantity)
                     own = values[quantity].detach().double()
@@ -116,14 +118,15 @@ def _from_latents(
     objective: Objective,
     batch: Batch,
     target: str,
-    z: Float[Tensor, "K B D"] | None,
+    z: Float[Tensor, "K R D"] | None,
     counted: Bool[Tensor, " B"],
-    standards: Sequence[Float[Tensor, "C R E"]],
+    standards: Sequence[Float[Tensor, "C H E"]],
+    within: Bool[Tensor, " H"],
 ) -> dict[str, Float[Tensor, " R"]]:
-    if z is None or not bool(counted.any()):  # no decoder sees an empty batch
+    if z is None:  # no decoder sees an empty batch
         return {quantity: torch.zeros(0, device=batch.draw.device) for quantity in quantities(objective, target)}
     noise, x = Noise(batch.seed, batch.draw[counted]), batch.dense(target)[counted]
-    return _scores(objective, target, x, z[:, counted], noise, _purpose(target), standards)
+    return _scores(objective, target, x, z, noise, _purpose(target), standards, within)
 
 
 def _scores(
@@ -133,7 +136,8 @@ def _scores(
     z: Float[Tensor, "K R D"],
     noise: Noise,
     purpose: str,
-    standards: Sequence[Float[Tensor, "C R E"]],
+    standards: Sequence[Float[Tensor, "C H E"]],
+    within: Bool[Tensor, " H"],
 ) -> dict[str, Float[Tensor, " R"]]:
     """Each quantity of each row, decoding a few draws at a time."""
     likelihood = objective.modality(target).likelihood
@@ -144,7 +148,7 @@ def _scores(
         log_prob.append(likelihood.log_prob(x, params).double())
         point = _point(likelihood, params, x)
         total = point.sum(0) if total is None else total + point.sum(0)
-        known = standards[number] if standards else None
+        known = standards[number][:, within] if standards else None
         made += [draw(likelihood, params.nan_to_num(0.0, 0.0, 0.0), noise, f"{purpose}/{number}", known)] if sampled else []
     assert total is not None
     scores = {"log_likelihood": torch.cat(log_prob).logsumexp(0) - math.log(len(z))}

@@ -93,7 +93,7 @@ class MEME(Objective):
         super().__init__(modalities)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
-        if estimator == "resampled" and not stop_gradient:
+        if estimator == "resampled" and samples > 1 and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
         if targets is not None and (targets < 1 or samples > 1):
             raise ValueError(
@@ -201,9 +201,14 @@ class MEME(Objective):
         return [self.family(mean[:, : self.latent_dim], scale[:, : self.latent_dim]) for mean, scale in encoded]
 
     def _rao_blackwell(self, batch: Batch, z: Tensor, private: Private) -> "_Decoded":
-        count = self.targets
+        count = self.targets_of(batch)
         table = self.reconstructions(batch, z, private=private) if count is None else self._drawn_targets(batch, z, private, count)
         return _Decoded(_own(table), table)
+
+    def targets_of(self, batch: Batch) -> int | None:
+        """How many targets each source explains in this batch; None: all, also where rows hold so few that drawing would save nothing."""
+        count, packs = min(self.targets or 0, len(batch.modalities) - 1), batch.modalities.values()
+        return count if 0 < count * sum(len(p.row) for p in packs) < sum(len(p.source) for p in packs) else None
 
     def _drawn_targets(self, batch: Batch, z: Float[Tensor, "N 1 B D"], private: Private, count: int) -> Float[Tensor, "N N 1 B"]:
         """The table with `count` targets of each source, weighted so that the whole one is its mean; 0 elsewhere off the diagonal."""
@@ -218,7 +223,7 @@ class MEME(Objective):
             asked[name] = place.flatten(), torch.arange(len(row), device=row.device).repeat(1 + count)
         modalities = {name: self.modality(name) for name in batch.modalities}
         table = explanation_table(modalities, batch, z, asked, each=self.each, private=private)
-        weight = (held - 1).clamp(min=1) / (held - 1).clamp(min=1, max=count)
+        weight = (held - 1).clamp(min=1).to(table.dtype) / (held - 1).clamp(min=1, max=count)
         own = torch.eye(len(z), dtype=torch.bool, device=z.device)[..., None, None]
         return torch.where(own, table, weight * table)
 
@@ -297,7 +302,7 @@ def _sources(batch: Batch, count: int) -> tuple[Int[Tensor, "count N B"], Bool[T
     key = torch.stack([torch.where(batch.observed[:, n], rank, rank + len(names)) for n, rank in enumerate(ranks)], 1)
     circle = key.argsort(1)  # what a row holds, first
     others = (held - 1).clamp(min=1)
-    uniform = Noise(batch.seed, batch.draw).uniform("targets", 1, 1)[0, :, 0]
+    uniform = Noise(batch.seed, batch.draw).uniform("/targets", 1, 1)[0, :, 0]  # a purpose that is no modality's name
     step = torch.arange(count, device=held.device)[:, None]
     shift = 1 + ((uniform * others).ceil().long() - 1 + step) % others  # [count, B]
     place = (circle.argsort(1) - shift[..., None]) % held.clamp(min=1)[:, None]

@@ -13,6 +13,7 @@ modality is its own prior, D_i = 0: rows of one modality train a plain auto-enco
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -67,10 +68,11 @@ class MMVM(Objective):
         q, observed = self.posteriors(batch), batch.observed.T
         z, density = sample_table(q, observed, Noise(batch.seed, batch.draw), list(batch.modalities), 1)
         own = self.reconstructions(batch, z, cross=False).diagonal(dim1=0, dim2=1)[0].T
-        alpha = 1 - (1 - self.alpha) * self.risen(batch)
-        apart = self._pairs(q, observed, alpha) if self.divergence == "pairs" else self._sampled(z, density, observed, alpha)
-        kl = torch.where(observed, apart, 0.0)
-        return Loss(self.beta * kl.sum() - own.sum(), self._terms(batch, own.detach(), kl.detach()))
+        apart = partial(self._pairs, q, observed) if self.divergence == "pairs" else partial(self._sampled, z, density, observed)
+        kl = torch.where(observed, apart(1 - (1 - self.alpha) * self.risen(batch)), 0.0)
+        with torch.no_grad():  # what is told knows nothing of annealing
+            told = torch.where(observed, apart(self.alpha), 0.0) if self.anneal else kl
+        return Loss(self.beta * kl.sum() - own.sum(), self._terms(batch, own.detach(), told.detach()))
 
     def _pairs(self, q: Diagonal, observed: Bool[Tensor, "N B"], alpha: Rise) -> Float[Tensor, "N B"]:
         table = divergence(type(q)(q.mean[:, None], q.scale[:, None]), type(q)(q.mean[None], q.scale[None]))

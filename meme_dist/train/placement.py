@@ -85,11 +85,10 @@ class Workload:
 
 def workload_of(objective: MEME, batch: Batch) -> Workload:
     """What this batch will exchange, to the byte (its index lists are padded)."""
+    count = objective.targets_of(batch)
     return Workload(
         own={name: len(packed.row) for name, packed in batch.modalities.items()},
-        cross={
-            name: len(p.source) if objective.targets is None else objective.targets * len(p.row) for name, p in batch.modalities.items()
-        },
+        cross={name: len(p.source) if count is None else count * len(p.row) for name, p in batch.modalities.items()},
         rows=len(batch.observed),
         samples=objective.samples,
         latent=objective.latent_dim,

@@ -499,7 +499,7 @@ def shifted(monkeypatch, batch, objective, number, count):
     draw = Noise.uniform
 
     def fixed(self, purpose, *size):
-        return torch.full_like(draw(self, purpose, *size), number / count) if purpose == "targets" else draw(self, purpose, *size)
+        return torch.full_like(draw(self, purpose, *size), number / count) if purpose == "/targets" else draw(self, purpose, *size)
 
     with monkeypatch.context() as patch:
         patch.setattr(Noise, "uniform", fixed)
@@ -508,21 +508,51 @@ def shifted(monkeypatch, batch, objective, number, count):
     return loss.total.detach(), slope, loss.terms["bound"].total
 
 
-@pytest.mark.parametrize("targets", [1, 2, 3])
-@pytest.mark.parametrize("observed", [[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0]])
-def test_drawn_targets_give_loss_and_gradient_of_all_on_average_over_the_draws(monkeypatch, targets, observed):
+@pytest.mark.parametrize("targets", [1, 2, 3, 9])
+def test_drawn_targets_give_loss_and_gradient_of_all_on_average_over_the_draws(monkeypatch, targets):
     """Exactly: over the n - 1 places at which a row's circle of sources may begin. The bound, in which they cancel, does not see them."""
-    objective, held = network_objective(4, samples=1, targets=targets), sum(observed)
-    batch = replicate({f"m{i}": torch.randn(EVENT).double() for i in range(4)}, observed, 6)
-    places = max(held - 1, 1)
-    found = [shifted(monkeypatch, batch, objective, s, places) for s in range(1, places + 1)]
+    objective = network_objective(4, samples=1, targets=targets)
+    masks = np.array([[1, 1, 1, 1]] * 3 + [[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=bool)
+    batch = pack({f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(4)}, masks)
+    assert objective.targets_of(batch) == (targets if targets < 3 else None)
+    found = [shifted(monkeypatch, batch, objective, s, 6) for s in range(1, 7)]  # six places are two of three, three of two, six of one
     objective.targets = None
     want, slope = objective(batch), gradient(objective, batch)
     torch.testing.assert_close(torch.stack([total for total, _, _ in found]).mean(), want.total, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.stack([grad for _, grad, _ in found]).mean(0), slope, rtol=1e-5, atol=1e-5)
     for total, _, bound in found:
         torch.testing.assert_close(bound, want.terms["bound"].total, rtol=1e-9, atol=1e-9)
-        assert torch.isclose(total, want.total, rtol=1e-6) == (targets >= held - 1)
+        assert torch.isclose(total, want.total, rtol=1e-6) == (targets >= 3)
+
+
+def test_all_targets_are_explained_where_drawing_them_would_save_nothing():
+    """At most min(n^2, n (1 + m)) decodings: pairs of rows of two modalities, and targets beyond all others."""
+    for pattern, targets, expected in (
+        ([1, 1, 0, 0], 1, None),
+        ([1, 1, 1, 0], 1, 1),
+        ([1, 1, 1, 1], 2, 2),
+        ([1, 1, 1, 1], 3, None),
+        ([1, 1, 1, 1], 9, None),
+    ):
+        objective, counted = network_objective(4, samples=1, targets=targets), Counter()
+        for m in objective.modalities.values():
+            m.decoder.register_forward_hook(lambda _, args, out, c=counted: c.update(rows=len(out)))
+        masks = np.tile(np.array(pattern, dtype=bool), (40, 1))
+        batch = pack({f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(4)}, masks)
+        assert objective.targets_of(batch) == expected
+        objective(batch)
+        n = sum(pattern)
+        assert 0 <= counted["rows"] - 40 * n * (1 + (expected or n - 1)) <= 4 * (4 - n)  # padding of what is absent
+
+
+def test_the_draw_of_targets_is_independent_of_a_modality_of_any_name():
+    """A modality's samples are keyed by its name, so which targets are drawn must be keyed by what is no name."""
+    batch = paired_batch(2000, 3)
+    renamed = batch._replace(modalities=dict(zip(["targets", "b", "a"], batch.modalities.values(), strict=True)))
+    source, _ = _sources(renamed, 1)
+    norm = Noise(renamed.seed, renamed.draw).normal("targets", 1, D)[0].norm(dim=-1)
+    explains = source[0, 2] == 0
+    assert abs(norm[explains].mean() - norm[~explains].mean()) < 0.1
 
 
 def test_drawn_targets_are_as_likely_each_and_every_decoder_has_so_many_sources_a_row():
@@ -531,10 +561,12 @@ def test_drawn_targets_are_as_likely_each_and_every_decoder_has_so_many_sources_
     masks = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0]] * 500, dtype=bool)
     for m in objective.modalities.values():
         m.decoder.register_forward_hook(lambda _, args, out: counted.update(rows=len(out)))
+    masks = np.concatenate([masks, np.ones((500, 4), dtype=bool)])
     batch = pack({f"m{i}": torch.randn(int(masks[:, i].sum()), EVENT).double() for i in range(4)}, masks)
     objective(batch)
-    assert 3 * masks.sum() <= counted["rows"] <= 1.1 * 3 * masks.sum()
+    assert objective.targets_of(batch) == 2 and 3 * masks.sum() <= counted["rows"] <= 1.1 * 3 * masks.sum()
     source, there = _sources(batch, 2)
+    source, there = source[..., :2000], there[:, :2000]
     assert there.sum(0).tolist() == [2, 2, 1, 0] * 500
     for pattern, held in enumerate(([0, 1, 2, 3], [0, 1, 3], [0, 3])):
         for target in held:
