@@ -70,7 +70,8 @@ class MEME(Objective):
     `stop_gradient=False` keeps the gradient of w (the full estimator, eq. 7); not defined for `resampled`.
     `targets`: how many of the other modalities a source explains in one step, others in each row and visit; None: all. One sample (w = 1)
       is then all there may be, since L_i is linear in t there: with m of |T| targets t is estimated by (|T| / m) sum of theirs, without
-      bias, and a row of n modalities costs n (1 + m) decodings instead of n^2. `bound`, in which t cancels, does not depend on it.
+      bias, and a row of n modalities costs n (1 + m) decodings instead of n^2 (so many also where it has fewer than m others). `bound`, in
+      which t cancels, does not depend on it.
     """
 
     private_latents = True
@@ -206,9 +207,8 @@ class MEME(Objective):
         return _Decoded(_own(table), table)
 
     def targets_of(self, batch: Batch) -> int | None:
-        """How many targets each source explains in this batch; None: all, also where rows hold so few that drawing would save nothing."""
-        count, packs = min(self.targets or 0, len(batch.modalities) - 1), batch.modalities.values()
-        return count if 0 < count * sum(len(p.row) for p in packs) < sum(len(p.source) for p in packs) else None
+        """How many targets each source explains; None: all. Nothing that a row's neighbours hold decides it: ranks would differ."""
+        return None if self.targets is None or self.targets >= len(batch.modalities) - 1 else self.targets
 
     def _drawn_targets(self, batch: Batch, z: Float[Tensor, "N 1 B D"], private: Private, count: int) -> Float[Tensor, "N N 1 B"]:
         """The table with `count` targets of each source, weighted so that the whole one is its mean; 0 elsewhere off the diagonal."""
