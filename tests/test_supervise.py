@@ -318,6 +318,8 @@ def test_the_processes_of_a_run_of_a_longer_name_are_none_of_this_one(folder: Pa
     ):
         process = subprocess.Popen(["sleep", "60"], env={"MEME_DIST_EXITS": str(folder.parent / f".{exits}")})
         try:
+            while not Path(f"/proc/{process.pid}/environ").read_bytes():  # empty for a moment after it was started
+                time.sleep(0.01)
             assert (process.pid in supervise.Orphans(folder.with_name(run)).processes()) == own
         finally:
             process.kill()
