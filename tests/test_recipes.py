@@ -203,10 +203,10 @@ def test_annealing_reaches_every_rival_and_less_than_no_rows_are_refused(objecti
         Model(objective=objective, anneal=-1)
 
 
-@pytest.mark.parametrize(("objective", "targets", "samples"), [("meme", 2, 11), ("meme", 0, 1), ("mopoe", 0, 1)])
-def test_targets_that_cannot_be_drawn_are_refused_before_any_row_is_written(objective: Name, targets: int, samples: int) -> None:
+@pytest.mark.parametrize(("targets", "samples"), [(2, 11), (0, 1)])
+def test_targets_that_cannot_be_drawn_are_refused_before_any_row_is_written(targets: int, samples: int) -> None:
     with pytest.raises(ValueError, match=f"targets: expected at least 1, and samples=1 .*, got {targets} with {samples}"):
-        Model(objective=objective, targets=targets, samples=samples)
+        Model(targets=targets, samples=samples)
 
 
 @pytest.mark.parametrize("objective", ["csvae", "mmvae"])

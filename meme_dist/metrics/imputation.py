@@ -82,10 +82,11 @@ def imputation(sources: Sequence[Sources], *, rows: int, draws: int = 39) -> Met
                 if target in chosen:
                     continue
                 counted = held & holds(batch, chosen)
-                if chosen not in latents and bool(counted.any()):
+                asked = bool(counted.any())
+                if asked and chosen not in latents:
                     z = objective.infer(batch.only(*chosen)).sample(noise_of(batch), f"imputation/{joined(chosen)}", draws)
                     latents[chosen] = z[:, wanted]  # of the rows that are asked for alone: there are as many of these as source sets
-                z = latents[chosen][:, counted[wanted]] if bool(counted.any()) else None
+                z = latents[chosen][:, counted[wanted]] if asked else None
                 values = _from_latents(objective, batch, target, z, counted, standards, counted[held])
                 for quantity in quantities(objective, target):
                     key = imputation_key(pattern_of(chosen, len(names)), target, quantity)

@@ -96,10 +96,7 @@ class MEME(Objective):
             raise ValueError(f"samples: expected at least 1, got {samples}")
         if estimator == "resampled" and samples > 1 and not stop_gradient:
             raise ValueError("stop_gradient=False needs estimator 'released' or 'rao_blackwell': a resampled index has no gradient")
-        if targets is not None and (targets < 1 or samples > 1):
-            raise ValueError(
-                f"targets: expected at least 1, and samples=1 (the weights of several need all targets), got {targets} with {samples}"
-            )
+        check_targets(targets, samples)
         self.samples, self.cross_weight, self.pseudo_inputs, self.targets = samples, cross_weight, pseudo_inputs, targets
         self.estimator: Estimator = estimator if samples > 1 else "rao_blackwell"
         self.combination, self.log_ratio, self.stop_gradient = combination, log_ratio, stop_gradient
@@ -289,6 +286,14 @@ def _pair_divergence(q: Diagonal, prior: Diagonal, observed: Bool[Tensor, "B N"]
 def _for_samples(density: Diagonal) -> Diagonal:
     """[..., B, D] -> [..., 1, B, D], to be asked about K samples."""
     return type(density)(density.mean.unsqueeze(-3), density.scale.unsqueeze(-3))
+
+
+def check_targets(targets: int | None, samples: int) -> None:
+    """Raise ValueError for a number of targets below 1, or beside several samples: their weights need all targets."""
+    if targets is not None and (targets < 1 or samples > 1):
+        raise ValueError(
+            f"targets: expected at least 1, and samples=1 (the weights of several need all targets), got {targets} with {samples}"
+        )
 
 
 def _sources(batch: Batch, count: int) -> tuple[Int[Tensor, "count N B"], Bool[Tensor, "count B"]]:

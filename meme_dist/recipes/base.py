@@ -18,7 +18,7 @@ from meme_dist.objectives.base import Objective
 from meme_dist.objectives.csvae import CSVAE, Independence
 from meme_dist.objectives.holder import Holder
 from meme_dist.objectives.jmvae import JMVAE
-from meme_dist.objectives.meme import MEME, Combination, Estimator, LogRatio
+from meme_dist.objectives.meme import MEME, Combination, Estimator, LogRatio, check_targets
 from meme_dist.objectives.mmvae import MMVAE, Gradient
 from meme_dist.objectives.mmvaeplus import MMVAEPlus
 from meme_dist.objectives.mmvm import MMVM
@@ -123,11 +123,8 @@ class Model:
             raise ValueError(f"private_dim: expected 0 to {self.latent_dim - 1} of latent_dim {self.latent_dim}, got {self.private_dim}")
         if self.objective == "csvae" and self.posterior != "normal":
             raise ValueError(f"csvae: the latents of labels are Normal, and all have to be; take --posterior normal, got {self.posterior}")
-        if self.targets is not None and (self.targets < 1 or (self.objective == "meme" and self.samples > 1)):
-            raise ValueError(
-                "targets: expected at least 1, and samples=1 (the weights of several need all targets), "
-                f"got {self.targets} with {self.samples}"
-            )
+        if self.objective == "meme":
+            check_targets(self.targets, self.samples)  # before any row is written
         if self.anneal < 0:
             raise ValueError(f"anneal: expected a number of rows, 0 or more, got {self.anneal}")
         if not 0 <= self.dropout < 1:

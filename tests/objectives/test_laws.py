@@ -275,7 +275,7 @@ def test_annealing_weighs_the_divergences_of_each_row_by_its_visits_so_far(kind:
     objective.anneal = 0
     torch.testing.assert_close(told, objective(batch).terms["bound"].total, rtol=1e-12, atol=0)
     objective.anneal, weights = 0, {name: getattr(objective, name) for name in RISING[kind.__name__]}
-    totals, gradients = [], []
+    totals, gradients = [], []  # below: eighths are exact, but MMVM's alpha and its logarithm are float32 where it is annealed
     for row, visit in enumerate(visits):
         for name, value in weights.items():
             risen = min(1.0, visit / 8)
@@ -284,8 +284,8 @@ def test_annealing_weighs_the_divergences_of_each_row_by_its_visits_so_far(kind:
         total, slope = gradient(objective, one)
         totals.append(total)
         gradients.append(slope)
-    torch.testing.assert_close(annealed[0], torch.stack(totals).sum(), rtol=1e-8, atol=1e-8)  # the weight itself is float32
-    torch.testing.assert_close(annealed[1], torch.stack(gradients).sum(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(annealed[0], torch.stack(totals).sum(), rtol=1e-8 if kind.__name__ == "MMVM" else 1e-9, atol=1e-9)
+    torch.testing.assert_close(annealed[1], torch.stack(gradients).sum(0), rtol=1e-6, atol=1e-7 if kind.__name__ == "MMVM" else 1e-9)
 
 
 @pytest.mark.parametrize(("kind", "case"), [case for case in FIRST if case.id != "MEME"])
