@@ -126,7 +126,10 @@ def _measured(functions: Functions, case: Case, mode: Mode, device: torch.device
 
 
 def _call(name: str, function: Callable[..., Any], case: Case, mode: Mode) -> Callable[[], Any]:
-    return captured([lambda: prepare(function, case, mode)]) if name == GRAPH else prepare(function, case, mode)
+    if name != GRAPH:
+        return prepare(function, case, mode)
+    # On inputs of its own: those of another provider's backward pass, kept for timing, belong to a stream that no capture may touch.
+    return captured([lambda: prepare(function, copied(case), mode)])
 
 
 def _able(of: dict[str, T], what: str, deadline: float, make: Callable[[str, T], Any]) -> dict[str, Any]:
