@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the supervisor reads records, and does without the seconds 
 FILE = "run.json"
 ROWS = "shards.json"  # beside it: the shards' manifest, from which the model is built when they are elsewhere
 FORMAT = 1
+FIGURES = ":(exclude)benchmarks/results"  # what git leaves out
 PACKAGES = ("torch", "accelerate", "webdataset", "numpy", "safetensors", "triton", "deepspeed")
 # What a resumed run may change beside what `train` allows: where files lie (the shards' own hash says whether they are the same).
 PLACES = frozenset({"source", "shards"})
@@ -162,14 +163,16 @@ def _versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the sources, with a mark where they were changed since; empty outside a git checkout."""
+    """The commit of the sources, with a mark where they were changed since (figures that a benchmark wrote are no sources); empty outside a
+    git checkout."""
     root = Path(meme_dist.__file__).parents[1]
     if not (root / ".git").exists():
         return ""
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10)
+        asked = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", FIGURES]
+        status = subprocess.run(asked, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import meme_dist
 from benchmarks import contrastive, kernels, ranks, record, scaling, sweeps, tables
 from benchmarks.gate import Gate
 from benchmarks.providers import MODES, copied, ops, prepare
@@ -19,7 +20,7 @@ from launch import gpu
 from meme_dist.data.index import Manifest
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.keywords import defaults, flatten
-from meme_dist.record import Record, check_unchanged, create, load
+from meme_dist.record import Record, check_unchanged, commit, create, load
 from meme_dist.supervise import progress
 from meme_dist.train.training import Training
 from meme_kernels._op import FusedOp
@@ -235,6 +236,22 @@ def test_a_row_says_what_it_was_measured_on_whatever_else_the_machine_has(monkey
     cpu, gpu_row = map(json.loads, (tmp_path / "some.jsonl").read_text().splitlines())
     assert (cpu["kind"], cpu["device"], cpu["threads"]) == ("cpu", record.processor(), 1) and "driver" not in cpu
     assert (gpu_row["kind"], gpu_row["device"], gpu_row["threads"], gpu_row["driver"]) == ("cuda", "a GPU", 4, "1")
+
+
+def test_a_row_says_that_sources_were_changed_and_counts_no_figures_as_such(monkeypatch, tmp_path):
+    sources, figures = tmp_path / "meme_dist" / "__init__.py", tmp_path / "benchmarks" / "results" / "step.jsonl"
+    for path in (sources, figures):
+        path.parent.mkdir(parents=True)
+        path.write_text("\n")
+    who = ["-c", "user.name=one", "-c", "user.email=one@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(meme_dist, "__file__", str(sources))
+    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    figures.write_text("a row\n")
+    assert commit() == head
+    sources.write_text("changed = True\n")
+    assert commit() == f"{head}+changes"
 
 
 def test_ranks_that_share_a_gpu_are_measured_on_the_processor(monkeypatch):
