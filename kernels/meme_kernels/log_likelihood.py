@@ -110,7 +110,13 @@ def _terms(x: Tensor, m: Tensor, s: Any, family: Family) -> Tensor:
 
 def _sums(x: Tensor, m: Tensor, s: Tensor | None, *, family: Family, dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if family in COUNTS else dtype  # log-gamma functions cancel
-    return _terms(x.to(wide), m.to(wide), None if s is None else s.to(wide), family).sum(-1).to(dtype)
+    x, m, s = x.to(wide), m.to(wide), None if s is None else s.to(wide)
+    if s is not None and s.dim() == 0 and family not in COUNTS:  # one scale leaves the sum: a third of the time on a CPU
+        number = m.shape[-1]
+        if family == "normal":
+            return -(x - m).square().sum(-1) / (2 * s.square()) - number * (s.log() + 0.5 * math.log(2 * math.pi))
+        return -(x - m).abs().sum(-1) / s - number * (s.log() + math.log(2))
+    return _terms(x, m, s, family).sum(-1).to(dtype)
 
 
 def _forgetful(score: Any, *tensors: Tensor | None) -> Tensor:
