@@ -18,9 +18,13 @@ def chosen(word: str, known: Sequence[str], what: str, where: str) -> str:
     """The word, if it is known. Raises ValueError with the nearest known one where it is not."""
     if word in known:
         return word
+    raise ValueError(f"unknown {what} {word!r}{nearest(word, known)} (there are {', '.join(known)}; see {where})")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'steps'?`, or nothing where no known word is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown {what} {word!r}{hint} (there are {', '.join(known)}; see {where})")
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def recipe_named(word: str) -> str:

@@ -5,6 +5,7 @@ A plan is typed on the command line or in a file (TOML or JSON), and `plan.json`
     recipe = "mnist_meterdigits"
     seeds = [0, 1, 2]
     split = "validation"                  # whose rows measure the models; by default test
+    judge = "first"                       # own: each run by classifiers of its rows; first: all by the first run's; by default as it fits
     reference = "meme"                    # the model that others are tested against; by default the first
     [common]                              # keywords of the recipe for all cells; the rest has the recipe's defaults
     source = "downloads"
@@ -35,16 +36,18 @@ from typing import Any, Literal, NamedTuple
 
 from meme_dist.data.index import Manifest
 from meme_dist.data.validation import VALIDATION
+from meme_dist.flags import nearest, recipe_named
 from meme_dist.pooled import Pool
 from meme_dist.recipes import keywords as of_recipes
 from meme_dist.recipes.base import Model
 from meme_dist.recipes.keywords import unflatten
-from meme_dist.recipes.named import recipe_of, whole
+from meme_dist.recipes.named import recipe_of
 from meme_dist.stored import on
 from meme_dist.train.training import Training
 
 FILE = "plan.json"
 Judge = Literal["own", "first"]
+Asked = Literal["auto", "own", "first"]
 Kind = Literal["comparison", "ablation"]
 
 
@@ -210,13 +213,27 @@ def load(path: Path) -> Plan:
         f"{name}: expected {what}, got {data[name]!r}" for name, (what, fits) in ENTRIES.items() if name in data and not fits(data[name])
     ]:
         raise ValueError(f"{path}: {'; '.join(wrong)}")
-    recipe = whole(data["recipe"])
-    models = {label: _checked(recipe, keywords) for label, keywords in data.get("models", {}).items()}
-    vary = {name: [typed(recipe, name, _words(value)) for value in values] for name, values in data.get("vary", {}).items()}
-    common = {**defaults(recipe), **_checked(recipe, data.get("common", {}))}
-    return Plan(
-        **{**data, "recipe": recipe, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))}
-    )
+    try:
+        recipe = recipe_named(data["recipe"])
+        models = {label: _checked(recipe, keywords, f"[models.{label}]") for label, keywords in data.get("models", {}).items()}
+        vary = {
+            name: [_checked(recipe, {name: value}, "[vary]")[name] for value in values] for name, values in data.get("vary", {}).items()
+        }
+        common = {**defaults(recipe), **_checked(recipe, data.get("common", {}), "[common]")}
+        read = {"recipe": recipe, "common": common, "models": models, "vary": vary, "seeds": tuple(data.get("seeds", (0, 1, 2)))}
+        return Plan(**{**data, **read, "judge": resolved(recipe, data.get("judge", "auto"), models, vary)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def resolved(recipe: str, judge: Asked, models: Mapping[str, Mapping[str, Any]], vary: Mapping[str, Sequence[Any]]) -> Judge:
+    """Whose classifiers judge; by default the first run's, alike for all, where something varies or a model has other rows."""
+    if judge != "auto":
+        return judge
+    return "first" if vary or set().union(*models.values()) & of_data(recipe) else "own"
+
+
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none", Path: "a path"}
 
 
 def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -230,7 +247,7 @@ ENTRIES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "seeds": ("a list of whole numbers", lambda value: isinstance(value, list) and all(type(seed) is int for seed in value)),
     "reference": ("the name of a model", lambda value: isinstance(value, str)),
     "split": ("the name of a split", lambda value: isinstance(value, str)),
-    "judge": (" or ".join(typing.get_args(Judge)), lambda value: value in list(typing.get_args(Judge))),
+    "judge": (" or ".join(typing.get_args(Asked)), lambda value: value in list(typing.get_args(Asked))),
     "kind": (" or ".join(typing.get_args(Kind)), lambda value: value in list(typing.get_args(Kind))),
 }
 
@@ -239,8 +256,11 @@ def _keys(data: Any) -> str:
     return ", ".join(map(str, data)) if isinstance(data, dict) else repr(data)
 
 
-def _checked(recipe: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: typed(recipe, name, _words(value)) for name, value in keywords.items()}
+def _checked(recipe: str, keywords: Mapping[str, Any], place: str) -> dict[str, Any]:
+    try:
+        return {name: typed(recipe, name, _words(value)) for name, value in keywords.items()}
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _words(value: Any) -> str | list[str]:
@@ -292,12 +312,24 @@ def typed(recipe: str, name: str, text: str | list[str]) -> Any:
     """The keyword's value as JSON has it. Raises ValueError for a keyword that the recipe has not, and for a value of another type."""
     hints = {**_hints(recipe_of(recipe)), "pool": Pool}
     if name not in hints:
-        raise ValueError(f"recipe {recipe!r} has no keyword {name!r}; it has {', '.join(hints)}")
+        raise ValueError(f"recipe {recipe!r} has no keyword {name!r}{nearest(name, list(hints))}; it has {', '.join(hints)}")
     try:
         return _parsed(hints[name], text)
     except ValueError:
-        choice = ", ".join(map(str, typing.get_args(hints[name]))) or getattr(hints[name], "__name__", str(hints[name]))
-        raise ValueError(f"{name}: expected {choice}, got {text!r}") from None
+        expected = _expected(hints[name])
+        raise ValueError(f"{name}: expected {expected}, got {text!r}{nearest(str(text), expected.split(', '))}") from None
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return ", ".join(map(str, inner))
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_expected, inner))
+    if isinstance(kind, type) and issubclass(kind, Sequence):
+        return f"several of: {_expected(inner[0])}"
+    return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def flags(keywords: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:

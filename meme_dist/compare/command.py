@@ -19,7 +19,7 @@ from rich.console import Console
 
 from meme_dist import signal_to_noise
 from meme_dist.compare import cells
-from meme_dist.compare.cells import Judge, Plan
+from meme_dist.compare.cells import Plan
 from meme_dist.compare.report import write_report
 from meme_dist.compare.running import Runner, Running
 from meme_dist.compare.tabulation import RUNS, measured
@@ -158,6 +158,9 @@ def run_plan(plan: Plan, running: Running, *, console: Console, gradient_draws: 
 
 def report_only(folder: Path, *, console: Console) -> int:
     """Write everything again from the run folders; 1 where runs have no results."""
+    if not (folder / cells.FILE).is_file():
+        begun = f"{PROGRAM} compare RECIPE --out FOLDER --models A B begins one"
+        raise ValueError(f"{folder}: expected the folder of a comparison, with its {cells.FILE}, found none; {begun}")
     path = write_report(folder)
     plan = cells.load(folder / cells.FILE)
     console.print(f"report  {path}", soft_wrap=True)
@@ -213,8 +216,7 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan(recipe: str, common: Mapping[str, Any], asked: Asked, *, models: Mapping[str, Mapping[str, Any]], **rest: Any) -> Plan:
     vary = _distinct("vary", (cells.varied_of(recipe, text) for text in asked.vary), "give all its values at once, KEYWORD=A,B")
-    differ = vary or set().union(*models.values()) & cells.of_data(recipe)
-    judge: Judge = ("first" if differ else "own") if asked.judge == "auto" else asked.judge
+    judge = cells.resolved(recipe, asked.judge, models, vary)
     return Plan(recipe=recipe, common=common, models=models, seeds=asked.seeds, vary=vary, judge=judge, split=asked.split, **rest)
 
 

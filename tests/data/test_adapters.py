@@ -168,6 +168,19 @@ def test_likelihoods_choose_the_kind_and_one_hot_vectors_become_words() -> None:
     assert all(int(row.data["digit"]) % 2 == row.label for row in everything(dataset))  # type: ignore[arg-type]
 
 
+def test_pictures_beyond_the_unit_interval_become_vectors_with_a_warning_and_not_where_that_was_asked_for(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    bright = incomplete(m1=drawn()["m1"] * 2 - 1)
+    with pytest.warns(
+        UserWarning, match=r"modality m1: three axes of floats from -0.99\d* to 0.99\d* become a vector.* scale them to \[0, 1\]"
+    ):
+        assert from_incomplete_dataset(bright).fields["m1"].kind == "vector"
+    assert from_incomplete_dataset(incomplete()).fields["m1"].kind == "image"
+    assert from_incomplete_dataset(bright, likelihoods={"m1": "normal"}).fields["m1"].kind == "vector"
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("change", "keywords", "message"),
     [
@@ -192,8 +205,10 @@ def test_rows_without_any_modality_labels_that_are_vectors_and_rows_of_another_s
     with pytest.raises(ValueError, match="train row 4: expected one modality or more, got nothing"):
         from_incomplete_dataset(empty)
     data = {"a": torch.zeros(3, 2), "b": torch.zeros(3, 2)}
-    with pytest.raises(ValueError, match="labels: expected one whole number"):
+    with pytest.raises(ValueError, match=r"labels: expected one whole number, got shape \(40,\)"):
         from_incomplete_dataset(Incomplete(data, labels=torch.zeros(3, 40)))
+    with pytest.raises(ValueError, match="labels: expected one whole number, got 1.5"):
+        from_incomplete_dataset(Incomplete(data, labels=torch.full((3,), 1.5)))
     ragged = Incomplete(data | {"b": [torch.zeros(2), torch.zeros(2), torch.zeros(3)]})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"train row 2, modality b: expected torch.float32 \(2,\) as in rows before it"):
         from_incomplete_dataset(ragged)

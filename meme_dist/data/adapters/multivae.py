@@ -5,6 +5,7 @@ Nothing of MultiVae is imported. A row is read as its loaders read it, `dataset[
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
@@ -32,7 +33,8 @@ def whole_number(label: Any) -> int:
     """The class of a row from its `labels`. Raises ValueError for anything but one whole number."""
     array = np.asarray(label)
     if array.size != 1 or not float(array.item()).is_integer():
-        raise ValueError(f"labels: expected one whole number, got shape {array.shape}; say what a row's class is: label=lambda y: ...")
+        got = array.item() if array.size == 1 else f"shape {array.shape}"
+        raise ValueError(f"labels: expected one whole number, got {got}; say what a row's class is: label=lambda y: ...")
     return int(array.item())
 
 
@@ -52,7 +54,7 @@ def from_incomplete_dataset(
     `test` is tested on, or else a share of `dataset`, drawn at random. Modalities are named by `modality_names`. What one becomes:
 
       three axes, uint8 or floats in [0, 1]   image (laplace), kept as bytes: floats are rounded to 1/255
-      other floats; booleans                  vector (normal; bernoulli)
+      other floats; booleans                  vector (normal; bernoulli); three axes are warned of
       other whole-number types                counts (negative_binomial)
 
     `likelihoods` overrides the likelihood by MultiVae's name of the modality, so that a model's `decoders_dist` can be given as it is;
@@ -159,6 +161,10 @@ def _stored(key: str, seen: _Seen, wanted: Likelihood | None) -> _Stored:
         if _is_image(seen) and wanted not in COUNT_LIKELIHOODS:
             convert = _as_bytes if seen.dtype.is_floating_point else torch.Tensor.contiguous
             return _Stored(Field("image", seen.shape, "npy", wanted or "laplace"), convert)
+        if len(seen.shape) == 3 and seen.dtype.is_floating_point and wanted is None:
+            low, high = seen.values.lowest, seen.values.highest
+            what = f"three axes of floats from {low:g} to {high:g} become a vector, since those of images are in [0, 1]"
+            warnings.warn(f"modality {key}: {what}; if these are images, scale them to [0, 1]", stacklevel=3)
         counted = not (seen.dtype.is_floating_point or seen.dtype == torch.bool)
         likelihood = wanted or ("negative_binomial" if counted else "bernoulli" if seen.dtype == torch.bool else "normal")
         if likelihood in COUNT_LIKELIHOODS and not seen.values.counts:
