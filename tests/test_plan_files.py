@@ -1,5 +1,6 @@
 """Plans of comparisons in files: what they leave out is what the command line leaves out, and what is wrong is named with its place."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,11 @@ def test_a_folder_without_a_comparison_is_named_and_how_one_begins(tmp_path: Pat
         ValueError, match=r"nowhere: expected the folder of a comparison, with its plan.json, found none; meme-dist compare"
     ):
         command.report_only(tmp_path / "nowhere", console=Console(quiet=True))
+
+
+def test_the_plan_that_the_documents_show_is_understood(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "plan.toml").write_text(shown)
+    plan = cells.load(tmp_path / "plan.toml")
+    assert len(plan.cells()) == 3 * 3 * 2 and {cell.pool for cell in plan.cells()} == {None, "product"}
