@@ -1,6 +1,7 @@
 """A run's folder and its `run.json`: what was run, with which keywords, on what; enough to run it again, or to go on with it."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -43,11 +44,12 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
+    recipe_sha256: str = ""  # of the file of a recipe of one's own, without what it imports; empty for the library's and in older runs
     format: int = FORMAT
 
 
-def describe(recipe: str, keywords: Mapping[str, Any], shards: str, *, world: int) -> Record:
-    """A record of this run on this machine."""
+def describe(recipe: str, keywords: Mapping[str, Any], shards: str, *, world: int, sha256: str) -> Record:
+    """A record of this run on this machine; `sha256` is of the file of a recipe of one's own, as it was read (`named.fingerprint`)."""
     machine = {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count(), "processes": world, "devices": _devices()}
     return Record(
         recipe=recipe,
@@ -58,6 +60,7 @@ def describe(recipe: str, keywords: Mapping[str, Any], shards: str, *, world: in
         versions={"python": platform.python_version(), "meme-dist": meme_dist.__version__} | _versions(),
         machine=machine,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        recipe_sha256=sha256,
     )
 
 
@@ -119,12 +122,13 @@ def load(folder: Path) -> Record:
 def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise ValueError, naming every difference, where a resumed run would train something else than it began with.
 
-    A keyword that the recipe did not have then counts as having had its default.
+    A keyword that the recipe did not have then counts as having had its default. The file of a recipe of one's own has to be as it was.
     """
     if recipe != old.recipe:
         raise ValueError(
             f"{folder}: is a run of recipe {old.recipe!r}, not of {recipe!r}; say --resume without a recipe, or use another --run"
         )
+    check_recipe(folder, old)
     free = PLACES | set(FREE) | ({"steps"} if keywords.get("schedule") == "constant" else set())
     began = {**defaults, **old.keywords}
     names = sorted(name for name in {*began, *keywords} - free if began.get(name) != keywords.get(name))
@@ -133,6 +137,19 @@ def check_unchanged(folder: Path, old: Record, recipe: str, keywords: Mapping[st
         raise ValueError(
             f"{folder}: cannot be resumed with other keywords ({changes}). Leave them out to go on as it began, "
             f"or start a new run from its settings: --like {folder} --run NAME"
+        )
+
+
+def check_recipe(folder: Path, old: Record) -> None:
+    """Raise ValueError where the file of a run's own recipe was changed since the run began; what that file imports is not covered."""
+    if not old.recipe_sha256:
+        return
+    file = Path(old.recipe.rpartition(":")[0])
+    now = hashlib.sha256(file.read_bytes()).hexdigest()
+    if now != old.recipe_sha256:
+        raise ValueError(
+            f"{file}: was changed since {folder} began with it (sha256 {old.recipe_sha256[:12]} then, {now[:12]} now). "
+            f"Put the file back as it was, or start a new run from its settings: meme-dist train --like {folder} --run NAME"
         )
 
 

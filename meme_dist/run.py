@@ -39,8 +39,9 @@ from meme_dist.metrics.rows import Metric
 from meme_dist.objectives.base import Objective
 from meme_dist.progress import shown, stage
 from meme_dist.recipes.base import Recipe
+from meme_dist.recipes.heeded import held
 from meme_dist.recipes.keywords import defaults, flatten
-from meme_dist.recipes.named import recipe_of, short
+from meme_dist.recipes.named import fingerprint, function_of, recipe_of, short
 from meme_dist.train.claim import Claim, on_main
 from meme_dist.train.heartbeat import Heart
 from meme_dist.train.signals import Stop
@@ -203,7 +204,8 @@ def prepare(name: str, arguments: Mapping[str, Any], where: Where, started: Rank
         record.check_unchanged(folder, old, name, keywords, defaults(recipe_of(name)))
     elif started.rank == 0:  # before an hour of writing shards
         record.check_new(folder)
-    recipe = recipe_of(name)(**arguments)
+    say = (lambda text: console.print(text, markup=False, soft_wrap=True)) if started.rank == 0 else None
+    recipe = held(function_of(name), say)(**arguments)
     if old is not None and _same_source(old, keywords) and (Path(old.shards) / MANIFEST).is_file():
         manifest = Manifest.load(old.shards)  # its own, also where the files that they were made from have gone or are others by now
     else:
@@ -274,7 +276,8 @@ def _write_down(prepared: Prepared, trainer: Trainer, claim: Claim, *, new: bool
 
     def write() -> None:
         if new:
-            record.create(folder, record.describe(name, keywords, manifest.address, world=trainer.world), manifest)
+            about = record.describe(name, keywords, manifest.address, world=trainer.world, sha256=fingerprint(name))
+            record.create(folder, about, manifest)
             claim.begin(folder)
         else:
             record.move(folder, manifest, keywords)

@@ -43,9 +43,11 @@ def load(
     """The model of a run, with its averaged weights where it has some, on `device`: by default a GPU if there is one.
 
     `shards`: where its rows are now, if they have moved. Without `rows` nobody will read them, and they need not be there. Raises
-    ValueError where there is no such run or checkpoint, where the shards have gone or are others, or where the weights are another model's.
+    ValueError where there is no such run or checkpoint, where the shards have gone or are others, where the weights are another model's, or
+    where the recipe's file was changed (`record.check_recipe`).
     """
     name, arguments = arguments_of(folder)
+    record.check_recipe(folder, record.load(folder))
     recipe = recipe_of(name)(**arguments)
     manifest = _shards_of(folder, shards) if rows else _kept(folder) or _shards_of(folder, shards)
     torch.manual_seed(recipe.training.seed)

@@ -1,5 +1,6 @@
 """A recipe of one's own, FILE.py:FUNCTION, is one like any other: trained, resumed, measured and compared from any folder."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from meme_dist.data.sets.linear_gaussian import linear_gaussian
 from meme_dist.modality import Modality
 from meme_dist.objectives.base import Objective
 from meme_dist.objectives.mvae import MVAE
+from meme_dist.recipes import named
 from meme_dist.recipes.base import Model, Recipe
 from meme_dist.recipes.heeded import Unheeded, held
 from meme_dist.recipes.named import recipe_of, short
@@ -140,6 +142,62 @@ def test_what_is_no_recipe_is_refused_in_words(own: Path, capsys: pytest.Capture
     assert not (own / "runs").exists() and short("/a/own.py:mine") == "own-mine" and short("mnist_svhn:paper") == "mnist_svhn-paper"
 
 
+# ---- its file stays as it was ---------------------------------------------------------------------------------------------------------
+
+
+def rewritten(own: Path, source: str) -> str:
+    """Another content of the recipes' file, which the next command reads as another process would; its sha256."""
+    (own / "code/own.py").write_text(source)
+    named._loaded.cache_clear()
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def test_a_run_goes_on_and_is_measured_with_the_file_that_it_began_with_alone(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train code/own.py:mine --no-evaluate --run runs/r".split()) == 0
+    kept = json.loads(Path("runs/r/run.json").read_text())
+    now = rewritten(own, edited := SOURCE.replace("nn.ReLU()", "nn.Tanh()"))
+    for words in ("train --resume runs/r --steps 3 --no-evaluate", "evaluate runs/r", "generate runs/r --num 2"):
+        capsys.readouterr()
+        assert main(words.split()) == 2, words
+        said = " ".join(capsys.readouterr().err.split())
+        assert (
+            f"{own}/code/own.py: was changed since runs/r began with it (sha256 {kept['recipe_sha256'][:12]} then, {now[:12]} now)" in said
+        )
+        assert "Put the file back as it was, or start a new run from its settings: meme-dist train --like runs/r --run NAME" in said
+    assert main("train --like runs/r --no-evaluate --run runs/s".split()) == 0
+    assert json.loads(Path("runs/s/run.json").read_text())["recipe_sha256"] == now
+    assert rewritten(own, SOURCE) == kept["recipe_sha256"] != now
+    assert main("train --resume runs/r --steps 3 --no-evaluate".split()) == 0
+    rewritten(own, edited)
+    del kept["recipe_sha256"]  # a run from before it was kept
+    Path("runs/r/run.json").write_text(json.dumps(kept))
+    assert main("train --resume runs/r --steps 4 --no-evaluate".split()) == 0
+
+
+def test_the_runs_of_a_comparison_have_one_file(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "compare code/own.py:mine --seeds 0 1 --out out --dry-run".split()
+    assert main("train code/own.py:mine --seed 0 --no-evaluate --run out/runs/own-mine-seed0".split()) == 0 and main(words) == 0
+    rewritten(own, SOURCE.replace("nn.ReLU()", "nn.Tanh()"))
+    capsys.readouterr()
+    assert main(words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "own.py: was changed since" in said and "Or compare in another folder: --out FOLDER" in said
+
+
+def test_the_hash_is_of_the_code_that_runs(own: Path) -> None:
+    """Not of what the file holds by the time that a run's rows are written, nor of what Python cached of a file of that time and size."""
+    name, file, edited = f"{own}/code/own.py:mine", own / "code/own.py", SOURCE.replace("nothing = 3", "nothing = 4")
+    recipe_of(name)
+    time, began = file.stat().st_mtime, named.fingerprint(name)
+    file.write_text(edited)
+    assert named.fingerprint(name) == began and named.fingerprint("digits") == ""
+    now = rewritten(own, edited)
+    os.utime(file, (time, time))
+    with pytest.raises(ValueError, match="got 4"):
+        recipe_of(f"{file}:nothing")
+    assert named.fingerprint(name) == now
+
+
 # ---- it is held to what it is asked ---------------------------------------------------------------------------------------------------
 
 
@@ -227,5 +285,5 @@ def test_a_keyword_with_several_words_is_a_list_of_words_wherever_it_is_named(ow
     plan = cells.load(own / "plan.json")
     assert plan.models == {"m": {"kinds": ["a b", "c"]}}
     assert cells.unflatten(recipe_of(name), plan.cells()[0].keywords)["kinds"] == ["a b", "c"]
-    with pytest.raises(ValueError, match=r"steps: expected int, got \['1', '2'\]"):
+    with pytest.raises(ValueError, match=r"steps: expected a whole number, got \['1', '2'\]"):
         cells.typed(name, "steps", ["1", "2"])

@@ -4,6 +4,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -201,6 +202,30 @@ def test_annealing_reaches_every_rival_and_less_than_no_rows_are_refused(objecti
     assert recipe.build(manifest_of(recipe)).anneal == 640
     with pytest.raises(ValueError, match="anneal: expected a number of rows, 0 or more, got -1"):
         Model(objective=objective, anneal=-1)
+
+
+@pytest.mark.parametrize("objective", get_args(Name))
+def test_what_was_asked_for_and_its_objective_has_no_use_for_is_told_in_a_line(objective: Name) -> None:
+    rivals = {*get_args(Name)} - {"meme"}
+    used = {
+        "anneal 640": rivals,
+        "beta 2.0": rivals,
+        "cross-weight 3.0": {"meme"},
+        "no-resampled": {"mmvae", "mmvaeplus", "holder"},
+        "samples 5": {"meme", "mmvae", "mmvaeplus"},
+        "subsets 1": {"mvae", "mopoe"},
+    }
+    told: list[str] = []
+    recipe = held(RECIPES["linear_gaussian"], told.append)
+    plain = replace(
+        inspect.signature(recipe).parameters["model"].default, objective=objective, latent_dim=3, private_dim=int(objective == "mmvaeplus")
+    )
+    recipe(model=plain).build(manifest_of(recipe()))
+    assert told == []
+    recipe(model=replace(plain, anneal=640, beta=2.0, cross_weight=3.0, resampled=False, samples=5, subsets=1)).build(manifest_of(recipe()))
+    idle = " ".join(f"--{flag}" for flag, objectives in used.items() if objective not in objectives)
+    assert len(told) == 1 and f" has no use for {idle} here, and trains the same without" in told[0]
+    assert told[0].partition(" ")[0].lower() == objective
 
 
 @pytest.mark.parametrize(("targets", "samples"), [(2, 11), (0, 1)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from meme_dist import run
 from meme_dist.cli import main
@@ -132,6 +133,31 @@ def test_where_nothing_can_be_written_the_place_that_was_asked_for_is_named(home
         assert main(command) == 2
         shown = said(capsys)
         assert f"cannot write {command[-1]}; choose another place" in shown and "writing-" not in shown and "partial" not in shown
+
+
+# ---- what changes nothing ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_change_nothing_are_told_once_before_the_first_step_of_a_training_alone(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "auto", "--shards", "shards", *TINY, "--no-evaluate", "--run"]
+    assert main([*words, "r", "--objective", "mopoe", "--targets", "1", "--cross-weight", "3", "--samples", "1"]) == 0
+    told = "MoPoE has no use for --cross-weight 3.0 --pseudo-inputs 4 --samples 1 --targets 1 here, and trains the same without"
+    before, once, after = said(capsys).partition(told)
+    assert once and "step 1/4" in after and "step 1/4" not in before and "has no use" not in before + after
+    assert main(["generate", "r", "--num", "2", "--out", "drawn"]) == 0 and "has no use" not in said(capsys)
+    assert main([*words, "s", "--anneal", "100000"]) == 0
+    assert "MEME has no use for --anneal 100000 here, and trains" in said(capsys)
+    assert main([*words, "t"]) == 0 and "has no use" not in said(capsys)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_tells_what_changes_nothing(home: Path, capsys: pytest.CaptureFixture[str], rank: int) -> None:
+    asked = {"shards": "shards", "model": Model(latent_dim=2, balance=True, objective="mvae", cross_weight=1.0)}
+    prepared = run.prepare("auto", asked, run.Where(run="r"), run.Ranks(rank, rank, 2), console=Console())
+    run.initial_objective(prepared.recipe, prepared.manifest)
+    assert said(capsys).count("MVAE has no use for --cross-weight 1.0 here") == (rank == 0)
 
 
 # ---- a modality that few rows hold --------------------------------------------------------------------------------------------------

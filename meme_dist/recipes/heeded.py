@@ -37,10 +37,11 @@ class Watching(NamedTuple):
     made: Recipe
     groups: Mapping[str, Watched]
 
-    def build(self, manifest: Manifest) -> tuple[Objective, set[str]]:
+    def build(self, manifest: Manifest, tell: Callable[[str], object] | None = None) -> tuple[Objective, set[str]]:
         """The objective, and the settings that nothing read until it was built; one that keeps a group may read all of it later.
 
-        Raises Unheeded where such a setting is not the recipe's own. `Model.build` knows which ones an objective has no use for.
+        Raises Unheeded where such a setting is not the recipe's own. `Model.build` knows which ones an objective has no use for: of these
+        `tell` is told in a line.
         """
         objective = self.made.build(manifest)
         kept = [value for module in objective.modules() for value in vars(module).values()]
@@ -49,20 +50,23 @@ class Watching(NamedTuple):
             whole = WHOLE in read or any(value is stand_in for value in kept)
             unread[name] = set() if whole else {entry.name for entry in dataclasses.fields(given)} - read
             object.__setattr__(stand_in, "__class__", type(given))  # from here on an object like any other
-        self._check(unread)
+        idle = " ".join(filter(None, [self._idle(group, names) for group, names in unread.items()]))
+        if idle and tell is not None:
+            tell(f"{type(objective).__name__} has no use for {idle} here, and trains the same without")
         return objective, set().union(*unread.values())
 
-    def _check(self, unread: Mapping[str, set[str]]) -> None:
-        for group, names in unread.items():
-            given, _, read = self.groups[group]
-            own = inspect.signature(self.function).parameters[group].default
-            ignored = [name for name in sorted(names) if getattr(given, name) != getattr(own, name, None)]
-            if ignored and "build" not in read:
-                asked = " ".join(f"--{name.replace('_', '-')} {getattr(given, name)}" for name in ignored)
-                raise Unheeded(
-                    f"recipe {self.function.__name__!r} was asked for {asked}, and reads no such setting while it builds: it would "
-                    f"change nothing. Leave it out, or read it in the recipe ({group}.build, of a Model, heeds all that its objective has)"
-                )
+    def _idle(self, group: str, unread: set[str]) -> str:
+        """What was asked for among these settings of a group, as flags. Raises Unheeded where the recipe itself should have read it."""
+        given, _, read = self.groups[group]
+        own = inspect.signature(self.function).parameters[group].default
+        values = {name: getattr(given, name) for name in sorted(unread)}
+        asked = " ".join(_flag(name, value) for name, value in values.items() if value != getattr(own, name, None))
+        if asked and "build" not in read:
+            raise Unheeded(
+                f"recipe {self.function.__name__!r} was asked for {asked}, and reads no such setting while it builds: it would "
+                f"change nothing. Leave it out, or read it in the recipe ({group}.build, of a Model, heeds all that its objective has)"
+            )
+        return asked
 
 
 def watch(recipe: Callable[..., Recipe], keywords: Mapping[str, Any]) -> Watching:
@@ -79,15 +83,23 @@ def watch(recipe: Callable[..., Recipe], keywords: Mapping[str, Any]) -> Watchin
     return Watching(recipe, made, groups)
 
 
-def held(recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
-    """The same recipe, held to its keywords: it raises Unheeded where it, or its `build`, passes over what it was asked for."""
+def held(recipe: Callable[..., Recipe], tell: Callable[[str], object] | None = None) -> Callable[..., Recipe]:
+    """The same recipe, held to its keywords: it raises Unheeded where it, or its `build`, passes over what it was asked for.
+
+    Of what its objective has no use for, its `build` tells `tell`.
+    """
 
     @functools.wraps(recipe)
     def checked(**keywords: Any) -> Recipe:
         watching = watch(recipe, keywords)
-        return dataclasses.replace(watching.made, build=lambda manifest: watching.build(manifest)[0])
+        return dataclasses.replace(watching.made, build=lambda manifest: watching.build(manifest, tell)[0])
 
     return checked
+
+
+def _flag(name: str, value: Any) -> str:
+    word = name.replace("_", "-")
+    return {True: f"--{word}", False: f"--no-{word}"}[value] if isinstance(value, bool) else f"--{word} {value}"
 
 
 def _is_group(value: Any) -> bool:

@@ -1,22 +1,30 @@
 """A recipe by its name: one of the table's, or a function of a file of one's own, `FILE.py:FUNCTION`.
 
 Such a file is a script like any other: its code runs, with its folder on the path of imports, whenever a run of it is begun, continued or
-measured, and the run keeps the file's whole path.
+measured, and the run keeps the file's whole path and what its content was (`fingerprint`).
 """
 
 import functools
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from meme_dist.recipes import RECIPES
 from meme_dist.recipes.base import Recipe
 from meme_dist.recipes.heeded import held
 
 SUFFIX = ".py"
+
+
+class Loaded(NamedTuple):
+    """A file of recipes, as this process read it."""
+
+    module: ModuleType
+    sha256: str
 
 
 def is_own(name: str) -> bool:
@@ -26,13 +34,17 @@ def is_own(name: str) -> bool:
 
 def whole(name: str) -> str:
     """The name that holds in any folder: with the file's whole path."""
-    path, _, function = name.rpartition(":")
-    return f"{Path(path).resolve()}:{function}" if is_own(name) else name
+    return f"{_file(name)}:{name.rpartition(':')[2]}" if is_own(name) else name
 
 
 def short(name: str) -> str:
     """The name as a part of a file's name: own-mine for folder/own.py:mine."""
     return Path(name).name.replace(f"{SUFFIX}:", "-").replace(":", "-")
+
+
+def fingerprint(name: str) -> str:
+    """The sha256 of the file of a recipe of one's own, as this process read it and without what it imports; empty for the table's."""
+    return _loaded(_file(name)).sha256 if is_own(name) else ""
 
 
 def recipe_of(name: str) -> Callable[..., Recipe]:
@@ -47,12 +59,16 @@ def function_of(name: str) -> Callable[..., Recipe]:
     if not is_own(name):
         raise ValueError(f"recipe {name!r} is not known here; there are {', '.join(RECIPES)}, and FILE.py:FUNCTION for one of your own")
     path, _, function = name.rpartition(":")
-    recipe = getattr(_module(Path(path).resolve()), function, None)
+    recipe = getattr(_loaded(_file(name)).module, function, None)
     if not callable(recipe):
         raise ValueError(
             f"{path}: expected a function {function!r} that returns a Recipe, got {'none' if recipe is None else repr(recipe)}"
         )
     return _made(recipe, name)
+
+
+def _file(name: str) -> Path:
+    return Path(name.rpartition(":")[0]).resolve()
 
 
 def _made(function: Callable[..., Any], name: str) -> Callable[..., Recipe]:
@@ -69,13 +85,14 @@ def _made(function: Callable[..., Any], name: str) -> Callable[..., Recipe]:
 
 
 @functools.cache
-def _module(path: Path) -> ModuleType:
+def _loaded(path: Path) -> Loaded:
     if not path.is_file():
         raise ValueError(f"{path}: expected a Python file with a recipe, found none")
     spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and annotations look their module up
     sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
-    return module
+    source = path.read_bytes()
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))  # the very bytes of the hash, and no cached ones
+    return Loaded(module, hashlib.sha256(source).hexdigest())
