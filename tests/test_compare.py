@@ -23,7 +23,7 @@ from rich.console import Console
 from scipy import stats
 
 from meme_dist import cli, record
-from meme_dist.compare import cells, command, measurements, rivals, tabulation
+from meme_dist.compare import cells, command, measurements, planned, rivals, tabulation
 from meme_dist.compare.cells import Plan, flags, model_of, part_of, slug, typed, varied_of
 from meme_dist.compare.report import write_report
 from meme_dist.compare.running import Runner, Running, Task, orphans_of, surroundings
@@ -127,7 +127,7 @@ def test_words_name_models_parts_and_varied_keywords() -> None:
     [
         (["--models", "mmvae", "mem"], "objective: expected meme, .*, got 'mem'"),
         (["--models", "meme:sample=3"], "has no keyword 'sample'"),
-        (["--vary", "missing=x"], "missing: expected float, got 'x'"),
+        (["--vary", "missing=x"], "missing: expected a number, got 'x'"),
         (["--vary", "private_dim=0,2"], "meme-private_dim=2-seed0: private_dim: expected 0 to 1"),
         (["--models", "meme:samples=3", "--vary", "samples=1,2"], "samples is set by the model and varied too"),
         (["--vary", "seed=1,2"], "seed is set by the model and varied too"),
@@ -303,6 +303,51 @@ def test_a_model_that_cannot_be_built_is_left_to_its_own_runs(monkeypatch: pytes
     rivals.check(plan_of("--models", "a=mmvae:cross_weight=1", "b=mmvae:cross_weight=5"))
 
 
+LACKING = """
+from meme_dist.recipes.linear_gaussian import linear_gaussian
+from meme_dist.recipes.base import Model, Recipe
+from meme_dist.train.training import Training
+
+
+def counting(*, model: Model = Model(latent_dim=2), training: Training = Training()) -> Recipe:
+    made = linear_gaussian(model=model, training=training)
+    return Recipe(lambda manifest: made.build(manifest) if manifest.num_rows("train") else None, training, made.dataset)
+"""
+
+
+def test_a_recipe_that_builds_from_rows_which_are_not_written_yet_is_refused_nothing(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(LACKING)
+    models = {objective: {"objective": objective} for objective in ("meme", "mmvae")}
+    rivals.check(Plan(f"{tmp_path}/own.py:counting", {"steps": 2}, models, (0,)))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["meme", "p=mopoe:private_dim=1"], "p-seed0: MoPoE has no private latents"),
+        (["meme", "mmvae", "--vary", "missing=0,2"], "meme-missing=2.0-seed0: missing: expected a share from 0 to "),
+        (["meme", "few=meme:missing=.3", "many=meme:missing=2"], "many-seed0: missing: expected a share from 0 to "),
+        (
+            ["l=mmvae:posterior=laplace", "lp=mmvae:posterior=laplace,pool=product"],
+            "lp-seed0: pool 'product' needs Normal posteriors, this",
+        ),
+        (["meme", "mvae", "p=mvae:pool=mixture", "--vary", "event=3,4"], "p-event=3-seed0: mvae multiplies N(0, I) and its encoders"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_cell_that_is_certain_to_be_refused_is_before_anything_runs(
+    tmp_path: Path, words: list[str], complaint: str, dry_run: bool
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(complaint)}"):
+        command.run_plan(plan_of("--models", *words), Running(tmp_path / "out", dry_run=dry_run), console=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named_as_a_place_where_nothing_can_be_written() -> None:
+    with pytest.raises(OSError, match="cannot write /proc/nope; choose another place"):
+        command.run_plan(plan_of("--models", "meme"), Running(Path("/proc/nope")), console=QUIET)
+
+
 # ---- statistics -------------------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +429,7 @@ def test_derived_values_are_means_of_single_sources_and_the_widest_likelihood() 
         ('"models": {"m": {}}, "seeds": 3', "seeds: expected a list of whole numbers, got 3"),
         ('"models": {"m": {}}, "seeds": [0.5]', "seeds: expected"),
         ('"models": {"m": {}}, "reference": ["m"]', "reference: expected the name of a model"),
-        ('"models": {"m": {}}, "judge": "frist"', "judge: expected own or first, got 'frist'"),
+        ('"models": {"m": {}}, "judge": "frist"', "judge: expected auto or own or first, got 'frist'"),
         ('"models": {"m": {}}, "kind": "x"', "kind: expected comparison or ablation"),
         ('"models": {"m": {}}, "recipe": ["digits"]', "expected a recipe"),
         ('"models": {"m": {}}, "recipe": "enas"', "recipe 'enas' needs source"),
@@ -597,7 +642,7 @@ def test_a_run_of_other_modalities_is_judged_by_its_own_rows_and_the_report_says
     home: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of("--models", "meme", "few=meme:samples=1", "two=meme:modalities=2", "--seeds", "0")
-    monkeypatch.setattr("meme_dist.compare.running._alike", lambda *runs: "two" not in str(runs))
+    monkeypatch.setattr("meme_dist.compare.running.alike", lambda *runs: "two" not in str(runs))
     assert plan.judge == "first" and pretend(home, plan, shards) == 0
     assert [call for call in calls(home) if "judge" in call] == ["evaluate few-seed0 judge meme-seed0"]
     assert "of the rows of `meme-seed0` (2 runs), `two-seed0` (1 run); what" in (home / "report.md").read_text()
@@ -615,8 +660,104 @@ def test_a_judge_that_left_the_plan_before_it_was_measured_still_judges_and_one_
     shutil.rmtree(home / "runs" / "meme-seed0")
     more = plan_of("--models", "few=meme:samples=1", "mmvae", "--judge", "first", "--seeds", "0", "1")
     assert pretend(home, more, shards) == 0
-    assert calls(home)[-1] == "evaluate mmvae-seed1 judge few-seed0"
-    assert "of the rows of `meme-seed0` (2 runs), `few-seed0` (2 runs); what" in (home / "report.md").read_text()
+    assert sorted(call for call in calls(home)[3:] if call.startswith("evaluate") and call.endswith(("few-seed0", "judge few-seed0"))) == [
+        *["evaluate few-seed0", "evaluate few-seed1 judge few-seed0", "evaluate mmvae-seed0 judge few-seed0"],
+        "evaluate mmvae-seed1 judge few-seed0",
+    ]
+    assert "The classifiers of one run's rows judge all runs: of `few-seed0`." in (home / "report.md").read_text()
+
+
+def remeasured(home: Path, run: str, **by_hand: Any) -> None:
+    """As somebody's `meme-dist evaluate` leaves a run's results in this version: it names a judge, RUNS/NAME, where that is another run."""
+    file = home / "runs" / run / "results.json"
+    by_hand = {name: value.replace("RUNS", str(home / "runs")) if isinstance(value, str) else value for name, value in by_hand.items()}
+    entries = {name: value for name, value in json.loads(file.read_text()).items() if name != "judge"} | {"split": "test"} | by_hand
+    file.write_text(json.dumps(entries | {"cross_coherence": [{"sources": ["a"], "target": "b", "value": 7.0}]}))
+
+
+@pytest.mark.parametrize(
+    ("judge", "by_hand", "said"),
+    [
+        ("own", {"judge": "/elsewhere/runs/other"}, "judge /elsewhere/runs/other in place of RUNS/few-seed0;"),
+        ("own", {"judge": "RUNS/meme-seed0", "seed": 5}, "judge RUNS/meme-seed0 in place of RUNS/few-seed0, seed 5 in place of 0;"),
+        ("own", {"seed": 5}, "the rest: seed 5 in place of 0;"),
+        ("first", {"judge": "RUNS/meme-seed0", "seed": 5}, "the rest: seed 5 in place of 0;"),
+        ("first", {"judge": "RUNS/meme-seed0", "checkpoint": "best"}, "the rest: checkpoint best in place of last;"),
+        ("first", {"judge": "RUNS/few-seed1"}, "judge RUNS/few-seed1 in place of RUNS/meme-seed0;"),
+        ("first", {}, "judge RUNS/few-seed0 in place of RUNS/meme-seed0;"),
+    ],
+)
+def test_what_was_measured_otherwise_than_planned_is_in_no_table_and_is_measured_again(
+    home: Path, shards: Path, judge: str, by_hand: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, runs = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "--judge", judge), str(home / "runs")
+    assert pretend(home, plan, shards) == 0
+    before, first = calls(home), digests(home)
+    remeasured(home, "few-seed0", **by_hand)
+    assert command.report_only(home, console=Console(width=400)) == 1
+    assert "few-seed0: left out, measured otherwise than the rest" in capsys.readouterr().out
+    table, text = json.loads((home / "table.json").read_text()), (home / "report.md").read_text()
+    assert [run["run"] for run in table["runs"] if run["values"] is None] == ["few-seed0"]
+    assert "3 of 4 runs are measured" in text and said in text.replace(runs, "RUNS")
+    assert command.run_plan(plan, Running(home, dry_run=True), console=Console(width=200)) == 0
+    assert "measured otherwise  few-seed0" in capsys.readouterr().out
+    assert pretend(home, plan, shards) == 0 and digests(home) == first
+    assert calls(home) == [*before, "evaluate few-seed0" + (" judge meme-seed0" if judge == "first" else "")]
+
+
+@pytest.mark.parametrize(
+    ("judge", "run", "by_hand"),
+    [
+        ("own", "few-seed0", {}),
+        ("own", "few-seed0", {"judge": "RUNS/few-seed0", "seed": 0}),
+        ("first", "few-seed0", {"judge": "RUNS/meme-seed0"}),
+        ("first", "meme-seed0", {}),
+    ],
+)
+def test_what_was_measured_by_hand_as_planned_counts(home: Path, shards: Path, judge: str, run: str, by_hand: dict[str, Any]) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "--judge", judge)
+    assert pretend(home, plan, shards) == 0
+    before = calls(home)
+    remeasured(home, run, **by_hand)
+    assert pretend(home, plan, shards) == 0 and calls(home) == before
+    found = {entry["run"]: entry["values"] for entry in json.loads((home / "table.json").read_text())["runs"]}
+    assert found[run]["cross_coherence/a>b"] == 7.0
+
+
+def test_a_comparison_that_was_moved_or_copied_is_still_measured_as_planned(home: Path, shards: Path, tmp_path: Path) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "1", "--judge", "first")
+    assert pretend(home, plan, shards) == 0
+    first = digests(home)
+    shutil.copytree(home, tmp_path / "copied")
+    shutil.move(home, tmp_path / "moved")
+    for place in ("copied", "moved"):
+        assert command.report_only(tmp_path / place, console=QUIET) == 0 and digests(tmp_path / place) == first
+
+
+def test_a_comparison_beside_another_one_of_other_rows_is_not_judged_by_its_runs(home: Path, shards: Path, tmp_path: Path) -> None:
+    plan = plan_of("--models", "meme", "few=meme:samples=1", "--seeds", "0", "--judge", "first")
+    assert pretend(home, plan, shards) == 0
+    other = tmp_path / "other" / "runs" / "meme-seed0"
+    other.mkdir(parents=True)
+    kept = json.loads((home / "runs" / "meme-seed0" / "run.json").read_text())
+    for place, counts in ((str(shards), 2), ("/elsewhere", 1)):  # the same rows make the same judge
+        (other / "run.json").write_text(json.dumps(kept | {"shards": place}))
+        remeasured(home, "few-seed0", judge=str(other))
+        write_report(home)
+        assert f"{counts} of 2 runs are measured" in (home / "report.md").read_text()
+
+
+def test_the_seed_that_a_run_is_measured_with_is_its_recipes(home: Path, shards: Path, tmp_path: Path) -> None:
+    """By default a recipe of one's own measures all runs with one seed; the table's measure each with its own."""
+    (tmp_path / "own.py").write_text(LACKING)
+    for recipe, seed in (("linear_gaussian", 3), (f"{tmp_path}/own.py:counting", 0)):
+        plan = Plan(recipe, cells.defaults(recipe), {"meme": {"objective": "meme"}}, (3,))
+        run = tmp_path / recipe.rpartition(":")[2] / "runs" / "meme-seed3"
+        run.mkdir(parents=True)
+        for given in (0, 3, None):
+            (run / "results.json").write_text(json.dumps({} if given is None else {"seed": given}))
+            said = "" if given in (seed, None) else f"seed {given} in place of {seed}"
+            assert planned.otherwise(plan, plan.cells()[0], run.parents[1]) == said
 
 
 def test_a_plan_written_by_hand_may_leave_the_judge_out(home: Path, shards: Path) -> None:

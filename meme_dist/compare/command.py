@@ -20,9 +20,10 @@ from rich.console import Console
 from meme_dist import signal_to_noise
 from meme_dist.compare import cells
 from meme_dist.compare.cells import Plan
+from meme_dist.compare.planned import RUNS
 from meme_dist.compare.report import write_report
 from meme_dist.compare.running import Runner, Running
-from meme_dist.compare.tabulation import RUNS, measured
+from meme_dist.compare.tabulation import read
 from meme_dist.data.source import absolute
 from meme_dist.flags import PROGRAM, STYLE, recipe_flags, recipe_named, value_of
 from meme_dist.recipes.keywords import flatten
@@ -157,14 +158,17 @@ def run_plan(plan: Plan, running: Running, *, console: Console, gradient_draws: 
 
 
 def report_only(folder: Path, *, console: Console) -> int:
-    """Write everything again from the run folders; 1 where runs have no results."""
+    """Write everything again from the run folders; 1 where runs have no results, or such as were measured otherwise."""
     if not (folder / cells.FILE).is_file():
         begun = f"{PROGRAM} compare RECIPE --out FOLDER --models A B begins one"
         raise ValueError(f"{folder}: expected the folder of a comparison, with its {cells.FILE}, found none; {begun}")
     path = write_report(folder)
-    plan = cells.load(folder / cells.FILE)
+    _, runs = read(folder)
+    for run in (run for run in runs if run.otherwise):
+        left = f"left out, measured otherwise than the rest: {run.otherwise}; running the comparison again measures it as planned"
+        console.print(f"{run.cell.name}: {left}", markup=False, soft_wrap=True)
     console.print(f"report  {path}", soft_wrap=True)
-    return 0 if all(measured(folder / RUNS / cell.folder, cell.keywords["steps"]) for cell in plan.cells()) else 1
+    return 0 if all(run.values is not None for run in runs) else 1
 
 
 def _tell(runner: Runner, *, console: Console) -> int:

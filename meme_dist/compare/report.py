@@ -20,6 +20,7 @@ from meme_dist.report import FIGURES, REPORT
 from meme_dist.tables import estimate, table
 
 TABLE, COSTS = "table.json", "costs.json"
+AGAIN = "running the comparison again measures it as planned"
 UNITS = {
     "rows_per_second": ("rows / s", 1.0, 0),
     "seconds": ("seconds", 1.0, 1),
@@ -88,7 +89,7 @@ def _judged(plan: Plan, runs: Sequence[Run]) -> str:
 
 
 def _unmeasured(runs: Sequence[Run], folder: Path) -> str:
-    parts = []
+    parts = [f"`{run.cell.name}` was measured otherwise than the rest: {run.otherwise}; {AGAIN}." for run in runs if run.otherwise]
     for name, lines in tabulation.unmeasured(runs, folder).items():
         parts.append(f"`{name}`" + (f" ended with:\n\n```\n{chr(10).join(lines)}\n```" if lines else ": not started"))
     strangers = tabulation.strangers(runs, folder)

@@ -1,9 +1,9 @@
 """The runs of a comparison: each a process of its own, `python -m meme_dist train ...`, some at a time, none twice.
 
 What is there decides what is done: a run with results is left alone, one that was interrupted is resumed, one that is trained is only
-measured. A run that fails leaves its log and the others go on. With `judge="first"` runs are trained first and measured apart, by the
-classifiers of the first trained run's rows (`meme-dist evaluate --judge`), as long as it has the same modalities; with a split other than
-test they are too, and no test row is looked at.
+measured, and so is one that was measured otherwise than the plan asks. A run that fails leaves its log and the others go on. With
+`judge="first"` runs are trained first and measured apart, by the classifiers of the first trained run's rows (`meme-dist evaluate
+--judge`), as long as it has the same modalities; with a split other than test they are too, and no test row is looked at.
 
 SIGTERM, SIGINT and SIGUSR1 are passed on to the runs, which save and end; the status is then 75 and the same command goes on. If this
 process is killed its runs live on: the next one finds them by their environment and tells them to stop before it starts anything.
@@ -29,9 +29,10 @@ from rich.console import Console
 from meme_dist import record, supervise
 from meme_dist.compare import cells, rivals
 from meme_dist.compare.cells import Cell, Plan
-from meme_dist.compare.tabulation import LOGS, RUNS, measured
-from meme_dist.data.index import Manifest
+from meme_dist.compare.planned import JUDGE, RUNS, alike, as_planned, judge_of, measured, otherwise
+from meme_dist.compare.tabulation import LOGS
 from meme_dist.data.source import check_local
+from meme_dist.leave import naming
 from meme_dist.report import REPORT
 from meme_dist.run import DATA
 from meme_dist.supervise import POLL, Attempt, Launch, Marked, reached, statuses, verdict
@@ -41,7 +42,6 @@ from meme_dist.train.signals import ECHO, EXITS, JOBS, SAVED
 
 STOPPING = 600.0  # seconds for runs to save once they were told to stop
 UNFINISHED = f"{record.FILE}{durable.UNFINISHED}"
-JUDGE = "judge"  # names the run whose rows train the classifiers
 THREADS = "OMP_NUM_THREADS"
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -122,15 +122,19 @@ class Runner:
         steps, step = cell.keywords["steps"], reached(self.path(cell))
         if self._is(cell, "measured"):
             return "measured"
+        if self._has_results(cell):
+            return "measured otherwise"
         if step < 0:
             return "not begun"
         return "trained, not measured" if step >= steps else f"at step {step:,} of {steps:,}"
 
     def __enter__(self) -> "Runner":
         self.check()
-        for name in (RUNS, LOGS):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        if (holder := self._claim.take(self.folder)) is not None:
+        with naming(self.folder):
+            for name in (RUNS, LOGS):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            holder = self._claim.take(self.folder)
+        if holder is not None:
             raise ValueError(f"{self.folder}: another comparison is at work here, {holder}; wait for it, or stop it")
         self._before = {number: signal.signal(number, self._noted) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
@@ -148,6 +152,7 @@ class Runner:
         self._stop_orphans()
         for cell in self.cells:  # not before: somebody else's processes may be making a run here
             self._clear(cell)
+            self._tell_otherwise(cell)
         while True:
             self._reap()
             self._pass_on()
@@ -190,10 +195,18 @@ class Runner:
             (folder / UNFINISHED).unlink(missing_ok=True)
             folder.rmdir()
 
+    def _tell_otherwise(self, cell: Cell) -> None:
+        if self._has_results(cell) and (how := otherwise(self.plan, cell, self.folder)):
+            self.console.print(f"{cell.name}: was measured otherwise than the rest, and will be again: {how}", markup=False, soft_wrap=True)
+
+    def _has_results(self, cell: Cell) -> bool:
+        """Whether there are any, also such as were not measured as planned."""
+        return measured(self.folder / RUNS / cell.folder, cell.keywords["steps"])
+
     def _is(self, cell: Cell, state: Literal["trained", "measured"]) -> bool:
-        steps = cell.keywords["steps"]
-        there = measured(self.folder / RUNS / cell.folder, steps)
-        return there or state == "trained" and cell.pool is None and reached(self.path(cell)) >= steps
+        if state == "measured":
+            return as_planned(self.plan, cell, self.folder)
+        return self._has_results(cell) or cell.pool is None and reached(self.path(cell)) >= cell.keywords["steps"]
 
     def _check_judge(self) -> None:
         path = self.folder / cells.FILE
@@ -218,7 +231,7 @@ class Runner:
         if cell.pool is not None:
             trained = next(other for other in self.cells if other.name == cell.run)
             return Task(cell, "measure") if self._is(trained, "measured") else None
-        return Task(cell, "measure" if self._apart and self._is(cell, "trained") else "train")
+        return Task(cell, "measure" if self._has_results(cell) or self._apart and self._is(cell, "trained") else "train")
 
     @property
     def _apart(self) -> bool:
@@ -227,12 +240,12 @@ class Runner:
 
     def _judge(self) -> str | None:
         """The name of the run that judges: the first that is trained, once all before it have failed; the same while it is there."""
+        if (name := judge_of(self.folder)) is not None:
+            return name
         file = self.folder / JUDGE
         if file.is_file():
-            name = file.read_text(encoding="utf-8").strip()
-            if (self.folder / RUNS / name / record.FILE).is_file():
-                return name
-            self.console.print(f"{file}: the run {name!r}, whose rows judged, is gone; another one judges from now on", soft_wrap=True)
+            gone = file.read_text(encoding="utf-8").strip()
+            self.console.print(f"{file}: the run {gone!r}, whose rows judged, is gone; another one judges all runs, anew", soft_wrap=True)
             file.unlink()
         for cell in (cell for cell in self.cells if cell.pool is None):
             if self._is(cell, "trained"):
@@ -256,7 +269,7 @@ class Runner:
             words = ["evaluate", folder, *data, *([] if task.cell.pool is None else ["--pool", task.cell.pool])]
             words += [] if task.cell.split == "test" else ["--split", task.cell.split]
             judge = self.folder / RUNS / (self._judge() or "") if self.plan.judge == "first" else self.path(task.cell)
-            return [*words, *(["--judge", str(judge)] if judge.name != task.cell.run and _alike(judge, folder) else [])]
+            return [*words, *(["--judge", str(judge)] if judge.name != task.cell.run and alike(judge, folder) else [])]
         rest = [*data, *(["--no-evaluate"] if self._apart else [])]
         if (self.path(task.cell) / record.FILE).is_file():
             known = {**cells.defaults(self.plan.recipe), **record.load(self.path(task.cell)).keywords}  # it may be older than a keyword
@@ -342,12 +355,6 @@ class Runner:
 def orphans_of(folder: Path) -> list[int]:
     """Processes that were started for this comparison, told by their environment: ranks if there are any, and no workers of theirs."""
     return Marked(re.escape(f"{folder / 'exits'}{os.sep}") + ".*").leaders()
-
-
-def _alike(*runs: Path | str) -> bool:
-    """Whether runs have the same modalities and classes, so that one's classifiers can judge the other."""
-    first, second = (Manifest.load(record.load(Path(run)).shards) for run in runs)
-    return first.fields == second.fields and first.classes == second.classes
 
 
 def surroundings(slot: int, jobs: int, environment: Mapping[str, str], devices: int) -> dict[str, str]:

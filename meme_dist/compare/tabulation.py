@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 from meme_dist import cost, record
 from meme_dist.compare import cells
 from meme_dist.compare.cells import Cell, Plan
+from meme_dist.compare.planned import RUNS, measured, otherwise, results_of
 from meme_dist.evaluate import flatten
 from meme_dist.figures import CEILINGS
 from meme_dist.metrics.intervals import Estimate, over_runs
 from meme_dist.metrics.paired import Paired, holm, paired
-from meme_dist.report import LOG, REPORT, RESULTS, read_log
+from meme_dist.report import LOG, read_log
 
-RUNS = "runs"
 LOGS = "logs"
 LOWER = ("frechet", "rmse", "mae", "crps", "information")  # better when lower
 NEITHER = ("classifier", "correlation", "coverage")  # neither high nor low is better
@@ -40,12 +40,13 @@ COSTS = ("rows_per_second", "seconds", "cpu_seconds", "peak_bytes", "device_peak
 
 
 class Run(NamedTuple):
-    """A cell and what its folder holds: measurements by name, whether it is there at all, and the results as they are."""
+    """A cell and what its folder holds: measurements by name, the results as they are, and where these do not count, why (`otherwise`)."""
 
     cell: Cell
     values: Mapping[str, float] | None
     results: Mapping[str, Any]
     folder: Path
+    otherwise: str = ""
 
     @property
     def trained(self) -> Path:
@@ -59,28 +60,17 @@ class Run(NamedTuple):
 def read(folder: Path) -> tuple[Plan, list[Run]]:
     """The plan of a comparison's folder, and every run that it asks for. Raises ValueError where there is no plan."""
     plan = cells.load(folder / cells.FILE)
-    return plan, [_run(cell, folder / RUNS / cell.folder) for cell in plan.cells()]
+    return plan, [_run(plan, cell, folder) for cell in plan.cells()]
 
 
-def measured(folder: Path, steps: int) -> bool:
-    """Whether a run was trained for so many steps and measured to the end (the report is written last)."""
-    return (folder / REPORT).is_file() and _json(folder / RESULTS).get("step") == steps
-
-
-def _run(cell: Cell, folder: Path) -> Run:
-    if not measured(folder, cell.keywords["steps"]):
-        return Run(cell, None, {}, folder)
-    results = _json(folder / RESULTS)
-    return Run(cell, {**derived(results), **flatten(results)}, results, folder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON ({error}); measure the run again: meme-dist evaluate {path.parent}") from error
+def _run(plan: Plan, cell: Cell, folder: Path) -> Run:
+    place = folder / RUNS / cell.folder
+    if not measured(place, cell.keywords["steps"]):
+        return Run(cell, None, {}, place)
+    if how := otherwise(plan, cell, folder):
+        return Run(cell, None, {}, place, how)
+    results = results_of(place)
+    return Run(cell, {**derived(results), **flatten(results)}, results, place)
 
 
 def derived(results: Mapping[str, Any]) -> dict[str, float]:
@@ -328,7 +318,8 @@ def machines(runs: Sequence[Run]) -> list[str]:
 
 def unmeasured(runs: Sequence[Run], folder: Path, *, lines: int = 8) -> dict[str, list[str]]:
     """{run: the last lines that it said} of those without results; no lines where it was never started."""
-    files = {run.cell.name: folder / LOGS / f"{run.cell.name}.log" for run in runs if run.values is None}
+    lacking = [run.cell.name for run in runs if run.values is None and not run.otherwise]
+    files = {name: folder / LOGS / f"{name}.log" for name in lacking}
     said = {name: path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else [] for name, path in files.items()}
     return {name: [line for line in text if line.strip()][-lines:] for name, text in said.items()}
 
