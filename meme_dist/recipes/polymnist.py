@@ -25,7 +25,7 @@ def polymnist(
     validation: float = 0.0,
     channels: tuple[int, ...] = (16, 32, 64),
     scale: float = 0.1,
-    model: Model = Model(latent_dim=32, samples=3, combination="product"),
+    model: Model = Model(latent_dim=32, samples=1, inference="product"),
     training: Training = Training(steps=1000, batch_size=32, learning_rate=1e-3, schedule="cosine", warmup=100, evaluate_every=500),
 ) -> Recipe:
     """MNIST digits over photographs in 2 to 10 modalities, made as PolyMNIST is; --source FOLDER.
