@@ -47,7 +47,7 @@ from meme_dist.train.training import Training
 
 FILE = "plan.json"
 Judge = Literal["own", "first"]
-Asked = Literal["auto", "own", "first"]
+JudgeAsked = Literal["auto", "own", "first"]
 Kind = Literal["comparison", "ablation"]
 
 
@@ -226,7 +226,7 @@ def load(path: Path) -> Plan:
         raise ValueError(f"{path}: {error}") from None
 
 
-def resolved(recipe: str, judge: Asked, models: Mapping[str, Mapping[str, Any]], vary: Mapping[str, Sequence[Any]]) -> Judge:
+def resolved(recipe: str, judge: JudgeAsked, models: Mapping[str, Mapping[str, Any]], vary: Mapping[str, Sequence[Any]]) -> Judge:
     """Whose classifiers judge; by default the first run's, alike for all, where something varies or a model has other rows."""
     if judge != "auto":
         return judge
@@ -247,7 +247,7 @@ ENTRIES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "seeds": ("a list of whole numbers", lambda value: isinstance(value, list) and all(type(seed) is int for seed in value)),
     "reference": ("the name of a model", lambda value: isinstance(value, str)),
     "split": ("the name of a split", lambda value: isinstance(value, str)),
-    "judge": (" or ".join(typing.get_args(Asked)), lambda value: value in list(typing.get_args(Asked))),
+    "judge": (" or ".join(typing.get_args(JudgeAsked)), lambda value: value in list(typing.get_args(JudgeAsked))),
     "kind": (" or ".join(typing.get_args(Kind)), lambda value: value in list(typing.get_args(Kind))),
 }
 

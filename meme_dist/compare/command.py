@@ -19,9 +19,9 @@ from rich.console import Console
 
 from meme_dist import signal_to_noise
 from meme_dist.compare import cells
-from meme_dist.compare.cells import Plan
+from meme_dist.compare.cells import JudgeAsked, Plan
 from meme_dist.compare.planned import RUNS
-from meme_dist.compare.report import write_report
+from meme_dist.compare.report import AGAIN, write_report
 from meme_dist.compare.running import Runner, Running
 from meme_dist.compare.tabulation import read
 from meme_dist.data.source import absolute
@@ -48,7 +48,7 @@ class Asked(Running):
     """Keywords with several values, `paired_fraction=1,.5 always=split,mnist`: every combination is a setting."""
     split: str = "test"
     """Whose rows measure the runs: test, or validation where rows were held out for it (--validation .1), to choose settings on."""
-    judge: Literal["auto", "own", "first"] = "auto"
+    judge: JudgeAsked = "auto"
     """Whose rows train the classifiers that judge a run: its own, or the first run's for all; auto is first where something varies
     or a model has other rows."""
 
@@ -165,8 +165,8 @@ def report_only(folder: Path, *, console: Console) -> int:
     path = write_report(folder)
     _, runs = read(folder)
     for run in (run for run in runs if run.otherwise):
-        left = f"left out, measured otherwise than the rest: {run.otherwise}; running the comparison again measures it as planned"
-        console.print(f"{run.cell.name}: {left}", markup=False, soft_wrap=True)
+        left = f"{run.cell.name}: left out, measured otherwise than the rest: {run.otherwise}; {AGAIN}"
+        console.print(left, markup=False, soft_wrap=True)
     console.print(f"report  {path}", soft_wrap=True)
     return 0 if all(run.values is not None for run in runs) else 1
 
